@@ -1,0 +1,322 @@
+"""Batches in SQL: a file of any length comes in by COPY, chunk by chunk, and goes out by a server-side cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Connection, text
+
+from jobs.database import Database
+from jobs.errors import NotFound
+from jobs.ids import line_id
+from jobs.schema import Job, JobError, JobRequest
+from jobs.states import BatchState, State
+from jobs.store import SELECT_JOB, job_of
+from jobs.tables import LOCAL_TENANT
+
+READ_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a batch's input that is a good request."""
+
+    number: int  # from 1
+    custom_id: str
+    request: JobRequest
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One line that is not; it becomes no job."""
+
+    number: int
+    custom_id: str | None
+    error: JobError
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch as its owner sees it."""
+
+    id: UUID
+    tenant_id: str
+    state: BatchState
+    source: dict[str, Any]
+    input_offset: int  # bytes of the input taken in
+    input_lines: int  # lines taken in, bad ones too
+    created_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a batch has come, in rows."""
+
+    states: dict[State, int]
+    rejected: int
+
+    @property
+    def total(self) -> int:
+        """Lines taken in."""
+        return sum(self.states.values()) + self.rejected
+
+    @property
+    def ended(self) -> int:
+        """Lines that have their end, rejected ones too."""
+        return sum(count for state, count in self.states.items() if state.final) + self.rejected
+
+    @property
+    def failed(self) -> int:
+        """Lines that ended without success."""
+        return self.ended - self.states.get(State.SUCCEEDED, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a batch came to. Seconds, tokens, dollars."""
+
+    succeeded: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    busy_seconds: float
+    token_dollars: float
+    machine_dollars: float
+    latency_p50_seconds: float | None  # claim to end, of the rows that succeeded
+    latency_p95_seconds: float | None
+    first_started_at: datetime | None
+    last_finished_at: datetime | None
+
+
+class Batches:
+    """Every change of and look at a batch."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def open(self, batch_id: UUID, source: dict[str, Any], tenant_id: str = LOCAL_TENANT) -> Batch:
+        """Make the batch, or go on with it where it stands: a paused one runs again."""
+        fields = {"id": batch_id, "tenant": tenant_id, "source": orjson.dumps(source).decode()}
+        self.database.run(lambda c: c.execute(_OPEN, fields), single=True)
+        self.database.run(lambda c: c.execute(_RESUME, fields), single=True)
+        return self.get(batch_id, tenant_id)
+
+    def get(self, batch_id: UUID, tenant_id: str = LOCAL_TENANT) -> Batch:
+        """The batch. Raises NotFound."""
+        fields = {"id": batch_id, "tenant": tenant_id}
+        row = self.database.run(lambda c: c.execute(_GET, fields).one_or_none(), single=True)
+        if row is None:
+            raise NotFound(f"no batch {batch_id}")
+        return Batch(**(dict(row._mapping) | {"state": BatchState(row.state)}))  # noqa: SLF001
+
+    def known(self, batch_id: UUID, custom_ids: Sequence[str]) -> set[str]:
+        """Which of these were taken in by an earlier chunk of the batch."""
+        by_id = {line_id(batch_id, custom_id): custom_id for custom_id in custom_ids}
+        found = self.database.run(lambda c: c.execute(_KNOWN, {"ids": list(by_id)}).scalars().all(), single=True)
+        return {by_id[job_id] for job_id in found}
+
+    def take_in(
+        self,
+        batch: Batch,
+        lines: Sequence[Line],
+        rejections: Sequence[Rejection],
+        *,
+        start_offset: int,
+        end_offset: int,
+        last_line: int,
+    ) -> None:
+        """Commit one chunk and how far the input was read, both or neither. A chunk committed before does nothing."""
+        rows = [_job_row(batch, line) for line in lines]
+        payloads = [_payload_row(batch, line) for line in lines]
+        refused = [_rejection_row(batch, rejection) for rejection in rejections]
+        deadlines = _deadlines(batch, lines)
+        step = {"id": batch.id, "start": start_offset, "end": end_offset, "last_line": last_line}
+
+        def work(connection: Connection) -> None:
+            if connection.execute(_ADVANCE, step).one_or_none() is None:
+                return
+            _copy(connection, _COPY_JOBS, rows)
+            if deadlines["ids"]:
+                connection.execute(_SET_DEADLINES, deadlines)
+            _copy(connection, _COPY_PAYLOADS, payloads)
+            _copy(connection, _COPY_REJECTIONS, refused)
+
+        self.database.run(work)
+
+    def filled(self, batch_id: UUID) -> None:
+        """The whole input is in."""
+        self._set(batch_id, BatchState.RUNNING, [BatchState.FILLING])
+
+    def pause(self, batch_id: UUID) -> None:
+        """Rows that wait go on waiting until the batch is opened again."""
+        self._set(batch_id, BatchState.PAUSED, [BatchState.FILLING, BatchState.RUNNING])
+
+    def finish(self, batch_id: UUID) -> None:
+        """The output was handed over."""
+        self._set(batch_id, BatchState.FINISHED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
+
+    def cancel(self, batch_id: UUID) -> None:
+        """Nothing more of it is started."""
+        self._set(batch_id, BatchState.CANCELLED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
+
+    def _set(self, batch_id: UUID, state: BatchState, allowed: Sequence[BatchState]) -> None:
+        fields = {"id": batch_id, "state": str(state), "allowed": [str(one) for one in allowed]}
+        self.database.run(lambda c: c.execute(_SET_STATE, fields), single=True)
+
+    def progress(self, batch_id: UUID) -> Progress:
+        """Rows by state."""
+        rows = self.database.run(lambda c: c.execute(_PROGRESS, {"id": batch_id}).all(), single=True)
+        counts = {row.state: row.rows for row in rows}
+        rejected = counts.pop("rejected", 0)
+        return Progress({State(name): rows for name, rows in counts.items()}, rejected)
+
+    def models(self, batch_id: UUID) -> list[str]:
+        """Models that rows of the batch still wait for."""
+        fields = {"id": batch_id}
+        return list(self.database.run(lambda c: c.execute(_MODELS, fields).scalars().all(), single=True))
+
+    def summary(self, batch_id: UUID) -> Summary:
+        """What it came to so far."""
+        row = self.database.run(lambda c: c.execute(_SUMMARY, {"id": batch_id}).one(), single=True)
+        return Summary(**row._mapping)  # noqa: SLF001
+
+    def outputs(self, batch_id: UUID) -> Iterator[Job]:
+        """Every ended job of the batch in the order of its input, streamed in constant memory.
+
+        Raises StoreUnavailable if Postgres goes away meanwhile; begin again then.
+        """
+        for row in self._stream(_OUTPUTS, batch_id):
+            yield job_of(row)
+
+    def rejected(self, batch_id: UUID) -> Iterator[Rejection]:
+        """The lines that became no job, in order."""
+        for row in self._stream(_REJECTED, batch_id):
+            error = dict(row.error)
+            yield Rejection(
+                row.line, row.custom_id, JobError(code=error["code"], message=error["message"]), error["field"]
+            )
+
+    def _stream(self, statement: Any, batch_id: UUID) -> Iterator[Any]:
+        with self.database.stream(statement, {"id": batch_id}, READ_ROWS) as rows:
+            yield from rows
+
+
+def _job_row(batch: Batch, line: Line) -> tuple[Any, ...]:
+    request = line.request
+    return (
+        line_id(batch.id, line.custom_id),
+        batch.tenant_id,
+        str(State.QUEUED),
+        request.model,
+        "bulk",
+        request.priority,
+        line.max_attempts,
+        batch.id,
+        line.number,
+    )
+
+
+def _deadlines(batch: Batch, lines: Sequence[Line]) -> dict[str, list[Any]]:
+    limited = [line for line in lines if line.request.deadline_seconds is not None]
+    return {
+        "ids": [line_id(batch.id, line.custom_id) for line in limited],
+        "seconds": [line.request.deadline_seconds for line in limited],
+    }
+
+
+def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
+    request = line.request
+    return (line_id(batch.id, line.custom_id), batch.tenant_id, line.custom_id, request.payload(), request.digest())
+
+
+def _rejection_row(batch: Batch, rejection: Rejection) -> tuple[Any, ...]:
+    error = {"code": rejection.error.code, "message": rejection.error.message, "field": rejection.field}
+    return (batch.id, rejection.number, batch.tenant_id, rejection.custom_id, orjson.dumps(error).decode())
+
+
+def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    if not rows:
+        return
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        for row in rows:
+            copy.write_row(row)
+
+
+_COPY_JOBS = """
+COPY jobs (id, tenant_id, state, model, lane, priority, max_attempts, batch_id, line) FROM STDIN
+"""
+
+_SET_DEADLINES = text("""
+UPDATE jobs SET deadline_at = now() + make_interval(secs => d.seconds)
+FROM unnest(CAST(:ids AS uuid[]), CAST(:seconds AS double precision[])) AS d (id, seconds) WHERE jobs.id = d.id
+""")
+
+_COPY_PAYLOADS = "COPY payloads (job_id, tenant_id, custom_id, request, digest) FROM STDIN"
+
+_COPY_REJECTIONS = "COPY rejections (batch_id, line, tenant_id, custom_id, error) FROM STDIN"
+
+_OPEN = text("""
+INSERT INTO batches (id, tenant_id, state, source) VALUES (:id, :tenant, 'filling', CAST(:source AS jsonb))
+ON CONFLICT (id) DO NOTHING
+""")
+
+# A batch that is opened again is read on from its offset; the reader says when the end is reached.
+_RESUME = text("UPDATE batches SET state = 'filling' WHERE id = :id AND tenant_id = :tenant AND finished_at IS NULL")
+
+_GET = text("""
+SELECT id, tenant_id, state, source, input_offset, input_lines, created_at, finished_at FROM batches
+WHERE id = :id AND tenant_id = :tenant
+""")
+
+_KNOWN = text("SELECT id FROM jobs WHERE id = ANY(:ids)")
+
+_ADVANCE = text("""
+UPDATE batches SET input_offset = :end, input_lines = :last_line
+WHERE id = :id AND input_offset = :start AND finished_at IS NULL
+RETURNING id
+""")
+
+_SET_STATE = text("""
+UPDATE batches
+SET state = CAST(:state AS text),
+    finished_at = CASE WHEN :state IN ('finished', 'cancelled') THEN now() END
+WHERE id = :id AND state = ANY(CAST(:allowed AS text[]))
+""")
+
+_PROGRESS = text("""
+SELECT state, count(*) AS rows FROM jobs WHERE batch_id = :id GROUP BY state
+UNION ALL SELECT 'rejected', count(*) FROM rejections WHERE batch_id = :id
+""")
+
+_MODELS = text("SELECT DISTINCT model FROM jobs WHERE batch_id = :id AND finished_at IS NULL ORDER BY model")
+
+_SUMMARY = text("""
+SELECT count(*) FILTER (WHERE j.state = 'succeeded') AS succeeded,
+       coalesce(sum(l.prompt_tokens), 0)::bigint AS prompt_tokens,
+       coalesce(sum(l.cached_tokens), 0)::bigint AS cached_tokens,
+       coalesce(sum(l.completion_tokens), 0)::bigint AS completion_tokens,
+       coalesce(sum(l.busy_seconds), 0)::double precision AS busy_seconds,
+       coalesce(sum(l.token_dollars), 0)::double precision AS token_dollars,
+       coalesce(sum(l.machine_dollars), 0)::double precision AS machine_dollars,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM j.finished_at - j.started_at)::double precision)
+           FILTER (WHERE j.state = 'succeeded') AS latency_p50_seconds,
+       percentile_cont(0.95) WITHIN GROUP (ORDER BY extract(epoch FROM j.finished_at - j.started_at)::double precision)
+           FILTER (WHERE j.state = 'succeeded') AS latency_p95_seconds,
+       min(j.started_at) AS first_started_at, max(j.finished_at) AS last_finished_at
+FROM jobs j LEFT JOIN ledger l ON l.job_id = j.id
+WHERE j.batch_id = :id
+""")
+
+_OUTPUTS = text(f"{SELECT_JOB} WHERE j.batch_id = :id AND j.finished_at IS NOT NULL ORDER BY j.line")
+
+_REJECTED = text("SELECT line, custom_id, error FROM rejections WHERE batch_id = :id ORDER BY line")

@@ -1,0 +1,186 @@
+"""Messages to workers, through Celery. A message is a hint: the row in Postgres is the truth.
+
+Interactive: the message names one job, and its task id is the job's id. Bulk: it says that a route has rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+from celery import Celery
+from kombu.connection import Connection
+from kombu.exceptions import OperationalError
+from kombu.messaging import Producer
+
+from jobs.errors import StoreUnavailable
+from jobs.ids import new_id
+from jobs.settings import Settings
+from jobs.states import Lane
+from jobs.store import Waiting
+
+log = logging.getLogger(__name__)
+
+RUN_JOB = "headrace.run_job"
+DRAIN = "headrace.drain"
+
+# After a broker failure nobody waits for it again for this long; the sweeper publishes what was left.
+_BREAK_SECONDS = 2.0
+# Kombu's Redis transport folds priorities 0-9 into these steps, each a list of its own.
+_PRIORITY_STEPS = [0, 3, 6, 9]
+
+
+def queue_name(model: str, lane: Lane) -> str:
+    """The Celery queue of one lane of a model's route."""
+    return f"{model}.{lane}"
+
+
+def celery_app(settings: Settings) -> Celery:
+    """The Celery application that producers send with and workers run; nothing but JSON passes.
+
+    Timeouts are short because a silent peer is found by them alone (measured: a worker with Celery's defaults does
+    not consume again within 120 s, with these after 28 s).
+    """
+    app = Celery("headrace", broker=settings.broker_url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_acks_late=False,
+        task_ignore_result=True,
+        result_backend=None,
+        task_default_queue="headrace.unrouted",
+        task_send_sent_event=False,
+        worker_pool="threads",
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_enable_remote_control=True,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "global_keyprefix": f"{settings.key_prefix}:",
+            "queue_order_strategy": "priority",
+            "priority_steps": _PRIORITY_STEPS,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 5,
+            "visibility_timeout": 300,
+        },
+    )
+    return app
+
+
+class Dispatcher:
+    """Sends messages from one thread of its own, so that a silent broker costs its caller a bounded wait."""
+
+    def __init__(self, settings: Settings, mark_published: Callable[[Sequence[UUID]], None]) -> None:
+        self._app = celery_app(settings)
+        self._wait_seconds = settings.submit_broker_wait_seconds
+        self._mark_published = mark_published
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dispatch")
+        self._connection: Connection | None = None
+        self._producer: Producer | None = None
+        self._broken_until = 0.0
+        self._sent: list[UUID] = []
+        self._sent_lock = threading.Lock()
+
+    def publish(self, jobs: Sequence[Waiting], wait_seconds: float | None = None) -> bool:
+        """Send one message per job. False: not within the time; the rows are safe and will be published later."""
+        return self._bounded(lambda: self._send_jobs(jobs), wait_seconds)
+
+    def hint_bulk(self, model: str, wait_seconds: float | None = None) -> bool:
+        """Say that the model's route has bulk rows."""
+        queue = queue_name(model, Lane.BULK)
+        return self._bounded(lambda: self._send(DRAIN, (model,), str(new_id()), queue), wait_seconds)
+
+    def depth(self, model: str, lane: Lane, wait_seconds: float | None = None) -> int | None:
+        """Messages in a queue; None if the broker did not say."""
+        depths: list[int] = []
+        answered = self._bounded(lambda: depths.append(self._depth(queue_name(model, lane))), wait_seconds)
+        return depths[0] if answered and depths else None
+
+    def close(self) -> None:
+        """Note what was sent, and let go of the broker."""
+        self._thread.shutdown(wait=True)
+        self._drop()
+
+    # -- in the thread ------------------------------------------------------------------------------------------
+
+    def _bounded(self, work: Callable[[], None], wait_seconds: float | None) -> bool:
+        if time.monotonic() < self._broken_until:
+            return False
+        wait = self._wait_seconds if wait_seconds is None else wait_seconds
+        future = self._thread.submit(self._guarded, work)
+        try:
+            return future.result(wait)
+        except FutureTimeoutError:
+            self._broken_until = time.monotonic() + _BREAK_SECONDS
+            log.warning("the broker did not answer within %g s; the sweeper will publish", wait)
+            return False
+
+    def _guarded(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except (OSError, OperationalError) as error:
+            self._broken_until = time.monotonic() + _BREAK_SECONDS
+            log.warning("the broker failed: %s; the sweeper will publish", error)
+            self._drop()
+            return False
+        return True
+
+    def _send_jobs(self, jobs: Sequence[Waiting]) -> None:
+        for job in jobs:
+            queue = queue_name(job.model, Lane.INTERACTIVE)
+            self._send(RUN_JOB, (str(job.id),), str(job.id), queue, job.priority)
+        with self._sent_lock:
+            first = not self._sent
+            self._sent += [job.id for job in jobs]
+        if first:
+            # Queued behind this call, so that its caller does not wait; what is sent meanwhile rides along.
+            self._thread.submit(self._note_sent)
+
+    def _note_sent(self) -> None:
+        with self._sent_lock:
+            ids, self._sent = self._sent, []
+        try:
+            self._mark_published(ids)
+        except StoreUnavailable:
+            log.warning("could not note %d published jobs; they may be published again", len(ids))
+
+    def _send(self, task: str, args: tuple[Any, ...], task_id: str, queue: str, priority: int = 0) -> None:
+        message = self._app.amqp.as_task_v2(task_id, task, args, {}, ignore_result=True)
+        # The nameless exchange delivers by queue name: it needs no binding in Redis, which a flush would lose.
+        self._open().publish(
+            message.body,
+            exchange="",
+            routing_key=queue,
+            serializer="json",
+            headers=message.headers,
+            priority=priority,
+            **message.properties,
+        )
+
+    def _depth(self, queue: str) -> int:
+        # The AMQP way, a passive declare, raises on a Redis queue that is empty.
+        return int(self._open().channel._size(queue))  # noqa: SLF001
+
+    def _open(self) -> Producer:
+        if self._producer is None:
+            self._connection = self._app.connection_for_write()
+            self._producer = Producer(self._connection.channel())
+        return self._producer
+
+    def _drop(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            with suppress(OSError, OperationalError):
+                connection.release()

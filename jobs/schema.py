@@ -1,0 +1,222 @@
+"""What is asked and what is answered: the pydantic models of a request and of a job as its owner sees it."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from jobs.errors import RequestInvalid
+from jobs.states import Lane, State
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_METADATA_PAIRS = 16
+MAX_PRIORITY = 9
+MAX_SEED = 2**63 - 1
+# Postgres keeps token counts as int4; no context is longer.
+MAX_TOKENS = 2**31 - 1
+
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Message(Frozen):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
+class JobRequest(Frozen):
+    """One generation request. Exactly one of `messages` and `prompt` is given.
+
+    Lengths are in tokens, times in seconds. A field that is None takes the model's default.
+    """
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    prompt: Text | TokenIds | None = None
+
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0, le=MAX_TOKENS)
+    """0 is off."""
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    stop: Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS)] = ()
+    ignore_eos: bool = False
+
+    conversation: Key | None = None
+    """Turns of one conversation run in order, each seeing the ones before it that succeeded."""
+    idempotency_key: Key | None = None
+    """The same key with the same request is the same job."""
+    max_attempts: int | None = Field(None, ge=1, le=100)
+    deadline_seconds: float | None = Field(None, gt=0, le=31_536_000, allow_inf_nan=False)
+    """From acceptance to the end; later than that the job ends `expired`."""
+    priority: int = Field(5, ge=0, le=MAX_PRIORITY)
+    """0 goes first."""
+    metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if self.messages is None and self.prompt is None:
+            raise ValueError("messages: is required (or a `prompt`)")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("prompt: cannot be given together with `messages`")
+        if self.conversation is not None and self.messages is None:
+            raise ValueError("conversation: a turn needs `messages`, not a `prompt`")
+        return self
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any] | JobRequest) -> JobRequest:
+        """Validate, or raise RequestInvalid naming the first field at fault."""
+        if isinstance(fields, JobRequest):
+            return fields
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise request_fault(error) from None
+
+    def payload(self) -> str:
+        """The request as stored: JSON text, byte for byte what was asked, without what is at its default."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    def digest(self) -> bytes:
+        """Tells two requests apart: SHA-256 of the payload without its idempotency key."""
+        body = self.model_dump_json(exclude_defaults=True, exclude={"idempotency_key"})
+        return hashlib.sha256(body.encode()).digest()
+
+
+class Choice(Frozen):
+    """One answer of `n`."""
+
+    index: int
+    text: str
+    finish_reason: str
+
+
+class Usage(Frozen):
+    """Tokens of one job. `cached_tokens` is the part of `prompt_tokens` that was not computed again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(Frozen):
+    """Seconds that the attempt which ended the job spent in each phase, and its share of the engine's busy time."""
+
+    queue_seconds: float = 0.0
+    tokenize_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    detokenize_seconds: float = 0.0
+    time_to_first_token_seconds: float | None = None
+    """From the moment the job could first start."""
+    busy_seconds: float = 0.0
+
+
+class JobError(Frozen):
+    """Why a job did not succeed."""
+
+    code: str
+    message: str
+
+
+class Cost(Frozen):
+    """The job's ledger row. Dollars by tokens and by machine time; busy seconds of all attempts."""
+
+    busy_seconds: float
+    token_dollars: Decimal
+    machine_dollars: Decimal
+
+
+class Job(Frozen):
+    """A job as its owner sees it."""
+
+    id: UUID
+    tenant_id: str
+    state: State
+    model: str
+    lane: Lane
+    priority: int
+    attempts: int
+    max_attempts: int
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    cancel_requested_at: datetime | None = None
+    worker_id: UUID | None = None
+    conversation: str | None = None
+    turn: int | None = None
+    batch_id: UUID | None = None
+    custom_id: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: JobError | None = None
+    cost: Cost | None = None
+    served_by: str | None = None
+    """What ran: model, engine, quantization and device, as the engine names them."""
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; empty while there is none."""
+        return self.choices[0].text if self.choices else ""
+
+    def log_context(self) -> dict[str, str]:
+        """What every log line about this job carries."""
+        return {"job": str(self.id), "model": self.model, "state": self.state}
+
+
+def request_fault(error: ValidationError) -> RequestInvalid:
+    """The first fault of a request, with the dotted path of its field."""
+    fault = error.errors(include_url=False)[0]
+    field = _dotted(fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if not field:
+        field, _, message = message.partition(": ")
+    code = _CODES.get(fault["type"], "invalid_value")
+    return RequestInvalid(field, message[:1].lower() + message[1:], code)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif _is_field(part):
+            path += f".{part}" if path else part
+    return path
+
+
+def _is_field(part: str) -> bool:
+    """Pydantic puts the names of union members into a location; those are no fields of the user's."""
+    return not part.startswith(("tuple[", "constrained-", "function-", "str", "nullable"))

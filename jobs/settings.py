@@ -1,0 +1,161 @@
+"""Every setting, in one typed object. The only place that reads the environment, and never at import."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from jobs.errors import SettingsError
+
+PREFIX = "HEADRACE_"
+CONFIG_VARIABLE = "HEADRACE_CONFIG"
+CONFIG_FILE = "headrace.toml"
+HEARTBEATS_PER_LEASE = 2
+_RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTALL)
+
+
+class Settings(BaseSettings):
+    """From `HEADRACE_*` variables, then `headrace.toml` (or the file that `HEADRACE_CONFIG` names), then defaults."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    home: Path = Path("~/.local/share/headrace")
+    """Folder of the one-machine stack: data of the embedded servers, `stack.json`, logs."""
+    database_url: str | None = None
+    """postgresql://user:password@host:port/name; absent: the embedded Postgres."""
+    broker_url: str | None = None
+    """redis://:password@host:port/0; absent: the embedded Redis."""
+    key_prefix: str = Field("headrace", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Put before every Redis key and channel, so that several systems share one Redis."""
+
+    heartbeat_seconds: float = Field(2.5, gt=0)
+    """How often a worker renews its lease."""
+    lease_seconds: float = Field(10.0, gt=0)
+    """How long a worker's proof of life lasts. Its rows are taken over after that."""
+    sweep_seconds: float = Field(1.0, gt=0)
+    """How often lost, overdue and unpublished rows are looked for."""
+    drain_seconds: float = Field(30.0, ge=0)
+    """How long a stopping worker may finish what it runs before it gives rows back."""
+    engine_start_seconds: float = Field(900.0, gt=0)
+    """How long an engine may take to load its model."""
+    engine_hang_seconds: float = Field(120.0, gt=0)
+    """An engine whose step takes longer is restarted."""
+    submit_broker_wait_seconds: float = Field(0.5, ge=0)
+    """How long a submit waits for Redis. The row is safe without it; the sweeper publishes it later."""
+    store_wait_seconds: float = Field(10.0, gt=0)
+    """How long a client call waits for Postgres before `StoreUnavailable`."""
+
+    max_attempts: int = Field(3, ge=1, le=100)
+    """Attempts of a job whose request names none."""
+    retry_max_seconds: float = Field(60.0, gt=0)
+    """Longest wait before a retry. Waits double from 1 s, jittered."""
+    max_prompt_bytes: int = Field(1_000_000, ge=1)
+    """Largest prompt that is accepted, in bytes of UTF-8."""
+
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """`[models.NAME]` tables, checked by `models.catalog`."""
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read and check everything. Raises SettingsError naming the variable (or the key of the file) at fault."""
+        _refuse_unknown_variables(set(cls.model_fields))
+        try:
+            return cls(**{name: value for name, value in overrides.items() if value is not None})
+        except ValidationError as error:
+            raise _first_fault(error) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Overrides, then environment, then the file."""
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=_read_config()))
+
+    @field_validator("home")
+    @classmethod
+    def _absolute_home(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres_with_psycopg(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        scheme, _, rest = url.partition("://")
+        if scheme not in {"postgresql", "postgres", "postgresql+psycopg"} or not rest:
+            raise ValueError("must look like postgresql://user:password@host:port/name")
+        return f"postgresql+psycopg://{rest}"
+
+    @field_validator("broker_url")
+    @classmethod
+    def _redis(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).scheme not in {"redis", "rediss"}:
+            raise ValueError("must look like redis://:password@host:port/0")
+        return url
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.lease_seconds < HEARTBEATS_PER_LEASE * self.heartbeat_seconds:
+            raise ValueError(
+                f"HEADRACE_LEASE_SECONDS: a lease of {self.lease_seconds:g} s is shorter than "
+                f"{HEARTBEATS_PER_LEASE} heartbeats of {self.heartbeat_seconds:g} s (HEADRACE_HEARTBEAT_SECONDS)",
+            )
+        if (self.database_url is None) != (self.broker_url is None):
+            missing = "HEADRACE_DATABASE_URL" if self.database_url is None else "HEADRACE_BROKER_URL"
+            raise ValueError(f"{missing}: is missing; set both URLs, or none to use the embedded servers")
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """These settings as variables, for a child process that has to see the same ones. Contains passwords."""
+        plain = self.model_dump(mode="json", exclude={"models"}, exclude_none=True)
+        variables = {PREFIX + name.upper(): str(value) for name, value in plain.items()}
+        path = config_path()
+        return variables if path is None else variables | {CONFIG_VARIABLE: str(path.absolute())}
+
+
+def config_path() -> Path | None:
+    """The file of settings in force: the one `HEADRACE_CONFIG` names, else `headrace.toml` here, else none."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    here = Path(CONFIG_FILE)
+    return here if here.is_file() else None
+
+
+def _read_config() -> dict[str, Any]:
+    path = config_path()
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(str(path), f"cannot be read: {error}") from None
+
+
+def _refuse_unknown_variables(known: set[str]) -> None:
+    allowed = {PREFIX + name.upper() for name in known} | {CONFIG_VARIABLE}
+    for variable in sorted(os.environ):
+        if variable.startswith(PREFIX) and variable.upper() not in allowed:
+            raise SettingsError(variable, "is no setting of Headrace; see the README for the list")
+
+
+def _first_fault(error: ValidationError) -> SettingsError:
+    fault = error.errors()[0]
+    message = fault["msg"].removeprefix("Value error, ")
+    relation = _RELATION.match(message)
+    if relation:
+        return SettingsError(relation["variable"], relation["message"])
+    name = ".".join(str(part) for part in fault["loc"])
+    return SettingsError(PREFIX + name.upper() if fault["loc"][0] in Settings.model_fields else name, message)

@@ -1,0 +1,726 @@
+"""The life of a job in SQL: one function per transition, guarded by state and token, timed by the database's clock.
+
+A transition that comes too late affects no row. Nobody outside `jobs/` writes SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Connection, Row, text
+
+from jobs.database import Database
+from jobs.errors import IdempotencyConflict, NotFound
+from jobs.schema import Choice, Job, JobError, JobRequest, Timings, Usage
+from jobs.states import AttemptOutcome, Lane, State
+from jobs.tables import LOCAL_TENANT
+
+# A message that was never sent is sent after this long; one whose queue is empty was lost.
+REPUBLISH_SECONDS = 2.0
+# A message is taken for lost when one that was sent this much later, in the same lane and priority, has started.
+OVERTAKEN_SECONDS = 10.0
+SWEEP_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a submit came to."""
+
+    id: UUID
+    state: State
+    created: bool  # False: the same request was accepted before
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A queued interactive job that wants a message."""
+
+    id: UUID
+    model: str
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One running job in a worker's hands, under the token without which it cannot be ended."""
+
+    id: UUID
+    token: UUID
+    tenant_id: str
+    model: str
+    lane: Lane
+    priority: int
+    attempt: int  # from 1
+    max_attempts: int
+    queue_seconds: float  # from the moment it could start
+    seconds_left: float | None  # to its deadline
+    conversation: str | None
+    turn: int | None
+    request: JobRequest
+
+    def log_context(self) -> dict[str, str]:
+        """What every log line about this job carries."""
+        return {"job": str(self.id), "model": self.model, "attempt": str(self.attempt)}
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a worker wants one attempt to end: in a final state, or (`retry_after_seconds`) back in the queue.
+
+    `charged` is False for a job that is given back untouched: the attempt does not count.
+    """
+
+    id: UUID
+    token: UUID
+    outcome: AttemptOutcome
+    choices: tuple[Choice, ...] = ()
+    error: JobError | None = None
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+    served_by: str | None = None
+    token_dollars: Decimal = Decimal(0)
+    machine_dollars: Decimal = Decimal(0)
+    retry_after_seconds: float | None = None
+
+    @property
+    def requeues(self) -> bool:
+        """Whether the job runs again."""
+        return self.outcome in {AttemptOutcome.RETRIED, AttemptOutcome.RELEASED}
+
+    @property
+    def charged(self) -> bool:
+        """Whether the attempt counts against `max_attempts`."""
+        return self.outcome is not AttemptOutcome.RELEASED
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a transaction of settlements came to."""
+
+    done: frozenset[UUID] = frozenset()  # ended or requeued as asked, now or by an earlier try of the same commit
+    released: tuple[Waiting, ...] = ()  # next turns that may run now
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep found and mended."""
+
+    lost: int = 0  # ended because their worker died and no attempt was left, or they were to be cancelled
+    requeued: int = 0  # queued again because their worker died
+    expired: int = 0
+    to_publish: tuple[Waiting, ...] = ()
+    ended: tuple[UUID, ...] = field(default=(), repr=False)
+
+    def log_context(self) -> dict[str, int]:
+        """One line of counts."""
+        return {
+            "lost": self.lost,
+            "requeued": self.requeued,
+            "expired": self.expired,
+            "published_again": len(self.to_publish),
+        }
+
+
+class Store:
+    """Every transition and every look at a job."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # -- in -----------------------------------------------------------------------------------------------------
+
+    def accept(self, job_id: UUID, request: JobRequest, max_attempts: int, tenant_id: str = LOCAL_TENANT) -> Accepted:
+        """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
+
+        Raises IdempotencyConflict if id or key stand for another request.
+        """
+        fields = {
+            "id": job_id,
+            "tenant": tenant_id,
+            "model": request.model,
+            "priority": request.priority,
+            "max_attempts": request.max_attempts or max_attempts,
+            "deadline_seconds": request.deadline_seconds,
+            "key": request.idempotency_key,
+            "conversation": request.conversation,
+            "request": request.payload(),
+            "digest": request.digest(),
+        }
+        if request.conversation is None:
+            created = self.database.run(lambda c: c.execute(_ACCEPT, fields | _NO_TURN).one_or_none(), single=True)
+        else:
+            created = self._accept_turn(fields)
+        if created is not None:
+            return Accepted(job_id, State(created.state), created=True)
+        return self._accepted_before(fields)
+
+    def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
+        try:
+            return self.database.run(lambda c: _accept_turn(c, fields))
+        except _AcceptedBefore:
+            return None
+
+    def _accepted_before(self, fields: dict[str, Any]) -> Accepted:
+        row = self.database.run(lambda c: c.execute(_FIND_SAME, fields).first(), single=True)
+        if row is None or row.digest != fields["digest"]:
+            name = "idempotency_key" if fields["key"] else "id"
+            raise IdempotencyConflict(f"{name}: was used before with another request")
+        return Accepted(row.id, State(row.state), created=False)
+
+    def mark_published(self, ids: Sequence[UUID]) -> None:
+        """Note that a message went out for these jobs."""
+        self.database.run(lambda c: c.execute(_MARK_PUBLISHED, {"ids": list(ids)}), relaxed=True, single=True)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def claim(self, job_id: UUID, worker_id: UUID, token: UUID) -> Claim | None:
+        """Take one queued job that is due. None: somebody else has it, or it has ended, or this worker is not live."""
+        return next(iter(self._claim(_CLAIM, worker_id, [token], id=job_id)), None)
+
+    def claim_bulk(self, model: str, worker_id: UUID, tokens: Sequence[UUID]) -> list[Claim]:
+        """Take up to `len(tokens)` rows of the route's open batches, tenants in turn, by priority and line."""
+        return self._claim(_CLAIM_BULK, worker_id, tokens, model=model, limit=len(tokens))
+
+    def _claim(self, statement: Any, worker_id: UUID, tokens: Sequence[UUID], **which: Any) -> list[Claim]:
+        fields = which | {"worker": worker_id, "tokens": list(tokens)}
+        again = False
+
+        def work(connection: Connection) -> Sequence[Row[Any]]:
+            # An earlier try may have been committed although its reply was lost: read it back by its tokens.
+            nonlocal again
+            rows = connection.execute(_HELD, fields).all() if again else ()
+            again = True
+            return rows or connection.execute(statement, fields).all()
+
+        return [_claim_of(row) for row in self.database.run(work, relaxed=True, single=True)]
+
+    def settle(self, settlements: Sequence[Settlement]) -> Settled:
+        """End or requeue many attempts in one transaction: state, result, ledger row, attempt, next turn's release.
+
+        A job whose cancel was asked for is cancelled instead of requeued. What is not held under its token any more
+        is left alone and missing from `done`.
+        """
+        return self.database.run(lambda c: _settle(c, settlements))
+
+    def history(self, tenant_id: str, conversation: str, before_turn: int) -> list[dict[str, str]]:
+        """The messages of the turns before, oldest first; turns that did not succeed are left out."""
+        fields = {"tenant": tenant_id, "conversation": conversation, "turn": before_turn}
+        messages: list[dict[str, str]] = []
+        for row in self.database.run(lambda c: c.execute(_HISTORY, fields).all(), single=True):
+            messages += row.request["messages"]
+            messages.append({"role": "assistant", "content": row.choices[0]["text"]})
+        return messages
+
+    # -- cancel, sweep ------------------------------------------------------------------------------------------
+
+    def cancel(self, job_id: UUID, tenant_id: str = LOCAL_TENANT) -> tuple[State, tuple[Waiting, ...]]:
+        """End a job that waits; ask the worker of a running one to stop it. Returns its state and released turns.
+
+        A final job is left as it is. Raises NotFound.
+        """
+        return self.database.run(lambda c: _cancel(c, job_id, tenant_id))
+
+    def sweep(self, empty_queues: Sequence[str]) -> Swept | None:
+        """Mend what no living worker will: rows of dead workers, overdue rows, lost messages. One sweeper at a time.
+
+        `empty_queues` names the models whose interactive queue in Redis is known to be empty. None: another sweeps.
+        """
+        return self.database.run(lambda c: _sweep(c, empty_queues))
+
+    def models_waiting(self) -> list[str]:
+        """Models with queued interactive jobs."""
+        return list(self.database.run(lambda c: c.execute(_MODELS_WAITING).scalars().all(), single=True))
+
+    # -- looks --------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: UUID, tenant_id: str = LOCAL_TENANT) -> Job:
+        """The job. Raises NotFound."""
+        fields = {"id": job_id, "tenant": tenant_id}
+        row = self.database.run(lambda c: c.execute(_GET, fields).one_or_none(), single=True)
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        return job_of(row)
+
+    def list(
+        self,
+        tenant_id: str = LOCAL_TENANT,
+        *,
+        states: Iterable[State] = (),
+        model: str | None = None,
+        batch_id: UUID | None = None,
+        conversation: str | None = None,
+        before: UUID | None = None,
+        limit: int = 50,
+    ) -> list[Job]:
+        """Jobs by id, newest first; `before` is the last id of the page before."""
+        fields = {
+            "tenant": tenant_id,
+            "states": [str(state) for state in states] or None,
+            "model": model,
+            "batch": batch_id,
+            "conversation": conversation,
+            "before": before,
+            "limit": limit,
+        }
+        return [job_of(row) for row in self.database.run(lambda c: c.execute(_LIST, fields).all(), single=True)]
+
+
+# == how ========================================================================================================
+
+
+class _AcceptedBefore(Exception):
+    """Rolls a turn's number back: the job was there already."""
+
+
+def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
+    # The conversation's row is the lock that orders a new turn against the end of the one before it.
+    if connection.execute(_FIND_SAME, fields).first() is not None:
+        raise _AcceptedBefore
+    turn = connection.execute(_NEXT_TURN, fields).one()
+    state = State.BLOCKED if turn.waits else State.QUEUED
+    created = connection.execute(_ACCEPT, fields | {"turn": turn.turns, "state": str(state)}).one_or_none()
+    if created is None:  # the same key came in at the same time
+        raise _AcceptedBefore
+    return created
+
+
+def _settle(connection: Connection, settlements: Sequence[Settlement]) -> Settled:
+    requeue = [s for s in settlements if s.requeues]
+    done = _requeue(connection, requeue) if requeue else set()
+    ending = [s for s in settlements if not s.requeues]
+    # What could not be requeued was to be cancelled, or is not ours any more; the token tells.
+    ending += [_cancelled(s) for s in requeue if s.id not in done]
+    ended = connection.execute(_END_HELD, _columns(ending)).all() if ending else []
+    done |= {row.id for row in ended}
+    doubtful = [s.token for s in settlements if s.id not in done]
+    if doubtful:
+        done |= set(connection.execute(_CLOSED_BEFORE, {"tokens": doubtful}).scalars())
+    return Settled(frozenset(done), _release_turns(connection, ended))
+
+
+def _requeue(connection: Connection, settlements: Sequence[Settlement]) -> set[UUID]:
+    return set(connection.execute(_REQUEUE, _columns(settlements)).scalars())
+
+
+def _cancelled(settlement: Settlement) -> Settlement:
+    return Settlement(
+        settlement.id,
+        settlement.token,
+        AttemptOutcome.CANCELLED,
+        choices=settlement.choices,
+        usage=settlement.usage,
+        timings=settlement.timings,
+        served_by=settlement.served_by,
+        token_dollars=settlement.token_dollars,
+        machine_dollars=settlement.machine_dollars,
+    )
+
+
+def _columns(settlements: Sequence[Settlement]) -> dict[str, list[Any]]:
+    return {
+        "ids": [s.id for s in settlements],
+        "tokens": [s.token for s in settlements],
+        "outcomes": [str(s.outcome) for s in settlements],
+        "choices": [orjson.dumps([c.model_dump() for c in s.choices]).decode() for s in settlements],
+        "errors": [None if s.error is None else s.error.model_dump_json() for s in settlements],
+        "usages": [s.usage.model_dump_json() for s in settlements],
+        "timings": [s.timings.model_dump_json() for s in settlements],
+        "served_by": [s.served_by for s in settlements],
+        "prompt_tokens": [s.usage.prompt_tokens for s in settlements],
+        "cached_tokens": [s.usage.cached_tokens for s in settlements],
+        "completion_tokens": [s.usage.completion_tokens for s in settlements],
+        "busy_seconds": [s.timings.busy_seconds for s in settlements],
+        "token_dollars": [s.token_dollars for s in settlements],
+        "machine_dollars": [s.machine_dollars for s in settlements],
+        "delays": [s.retry_after_seconds or 0.0 for s in settlements],
+        "charged": [s.charged for s in settlements],
+    }
+
+
+def _cancel(connection: Connection, job_id: UUID, tenant_id: str) -> tuple[State, tuple[Waiting, ...]]:
+    row = connection.execute(_LOCK, {"id": job_id, "tenant": tenant_id}).one_or_none()
+    if row is None:
+        raise NotFound(f"no job {job_id}")
+    state = State(row.state)
+    if state is State.RUNNING:
+        connection.execute(_ASK_TO_STOP, {"id": job_id})
+    if state in {State.QUEUED, State.BLOCKED}:
+        ended = connection.execute(_END_WAITING, {"id": job_id}).all()
+        return State.CANCELLED, _release_turns(connection, ended)
+    return state, ()
+
+
+def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
+    if not connection.execute(_ONE_SWEEPER).scalar_one():
+        return None
+    connection.execute(_BURY)
+    lost = connection.execute(_END_LOST, {"limit": SWEEP_ROWS}).all()
+    requeued = connection.execute(_REQUEUE_LOST, {"limit": SWEEP_ROWS}).all()
+    expired = connection.execute(_END_OVERDUE, {"limit": SWEEP_ROWS}).all()
+    released = _release_turns(connection, [*lost, *expired])
+    waiting = connection.execute(
+        _TO_PUBLISH,
+        {
+            "empty": list(empty_queues),
+            "republish": REPUBLISH_SECONDS,
+            "overtaken": OVERTAKEN_SECONDS,
+            "limit": SWEEP_ROWS,
+        },
+    ).all()
+    return Swept(
+        lost=len(lost),
+        requeued=len(requeued),
+        expired=len(expired),
+        to_publish=(*released, *(Waiting(row.id, row.model, row.priority) for row in waiting)),
+        ended=tuple(row.id for row in [*lost, *expired]),
+    )
+
+
+def _release_turns(connection: Connection, ended: Sequence[Row[Any]]) -> tuple[Waiting, ...]:
+    turns = sorted({(row.tenant_id, row.conversation) for row in ended if row.conversation is not None})
+    if not turns:
+        return ()
+    fields = {"tenants": [t for t, _ in turns], "conversations": [c for _, c in turns]}
+    # A statement of its own, after the lock: it must see what whoever held the lock before has committed.
+    connection.execute(_LOCK_CONVERSATIONS, fields)
+    return tuple(Waiting(r.id, r.model, r.priority) for r in connection.execute(_RELEASE_TURNS, fields))
+
+
+def _claim_of(row: Row[Any]) -> Claim:
+    return Claim(
+        id=row.id,
+        token=row.token,
+        tenant_id=row.tenant_id,
+        model=row.model,
+        lane=Lane(row.lane),
+        priority=row.priority,
+        attempt=row.attempts,
+        max_attempts=row.max_attempts,
+        queue_seconds=row.queue_seconds,
+        seconds_left=row.seconds_left,
+        conversation=row.conversation,
+        turn=row.turn,
+        request=JobRequest.model_validate(row.request),
+    )
+
+
+def job_of(row: Row[Any]) -> Job:
+    """A Job from a row of `SELECT_JOB`."""
+    fields = dict(row._mapping)  # noqa: SLF001 - the public name of a row's mapping in SQLAlchemy
+    priced = fields.pop("busy_seconds"), fields.pop("token_dollars"), fields.pop("machine_dollars")
+    fields["metadata"] = fields["metadata"] or {}
+    fields["choices"] = fields["choices"] or ()
+    if priced[1] is not None:
+        fields["cost"] = dict(zip(("busy_seconds", "token_dollars", "machine_dollars"), priced, strict=True))
+    return Job.model_validate(fields)
+
+
+# == SQL ========================================================================================================
+
+_NO_TURN: dict[str, Any] = {"turn": None, "state": str(State.QUEUED)}
+
+_ACCEPT = text("""
+WITH created AS (
+    INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
+                      conversation, turn)
+    VALUES (:id, :tenant, :state, :model, 'interactive', :priority, :max_attempts,
+            now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
+            CAST(:turn AS integer))
+    ON CONFLICT DO NOTHING
+    RETURNING id, state
+), payload AS (
+    INSERT INTO payloads (job_id, tenant_id, request, digest)
+    SELECT id, :tenant, CAST(:request AS json), :digest FROM created
+)
+SELECT state FROM created
+""")
+
+_FIND_SAME = text("""
+SELECT j.id, j.state, p.digest FROM jobs j JOIN payloads p ON p.job_id = j.id
+WHERE j.tenant_id = :tenant AND (j.id = :id OR j.idempotency_key = CAST(:key AS text))
+ORDER BY j.id = :id DESC
+""")
+
+_NEXT_TURN = text("""
+INSERT INTO conversations AS c (tenant_id, id, turns) VALUES (:tenant, :conversation, 1)
+ON CONFLICT (tenant_id, id) DO UPDATE SET turns = c.turns + 1
+RETURNING turns, EXISTS (
+    SELECT 1 FROM jobs j
+    WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.finished_at IS NULL
+) AS waits
+""")
+
+_MARK_PUBLISHED = text("""
+UPDATE jobs SET published_at = now() WHERE id = ANY(:ids) AND published_at IS NULL AND state = 'queued'
+""")
+
+_CLAIMED_COLUMNS = """
+    j.id, j.token, j.tenant_id, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.conversation, j.turn,
+    extract(epoch FROM now() - j.run_after)::double precision AS queue_seconds,
+    extract(epoch FROM j.deadline_at - now())::double precision AS seconds_left
+"""
+
+_TAKE = f"""
+claimed AS (
+    UPDATE jobs j
+    SET state = 'running', token = p.token, worker_id = :worker, attempts = attempts + 1,
+        started_at = coalesce(started_at, now())
+    FROM picked p
+    WHERE j.id = p.id AND j.state = 'queued'
+      AND EXISTS (SELECT 1 FROM workers w WHERE w.id = :worker AND w.state = 'live' AND w.lease_until > now())
+    RETURNING {_CLAIMED_COLUMNS}
+), opened AS (
+    INSERT INTO attempts (token, job_id, tenant_id, worker_id) SELECT token, id, tenant_id, :worker FROM claimed
+)
+SELECT claimed.*, payloads.request FROM claimed JOIN payloads ON payloads.job_id = claimed.id
+"""  # noqa: S608 - composed of constants
+
+_DUE = "run_after <= now() AND (deadline_at IS NULL OR deadline_at > now())"
+
+_CLAIM = text(f"""
+WITH picked AS (
+    SELECT id, (CAST(:tokens AS uuid[]))[1] AS token FROM jobs
+    WHERE id = :id AND state = 'queued' AND {_DUE}
+), {_TAKE}
+""")  # noqa: S608
+
+_CLAIM_BULK = text(f"""
+WITH heads AS (
+    -- the head of each open batch's backlog
+    SELECT c.id, b.tenant_id, c.priority, c.line
+    FROM batches b CROSS JOIN LATERAL (
+        SELECT j.id, j.priority, j.line FROM jobs j
+        WHERE j.batch_id = b.id AND j.model = :model AND j.state = 'queued' AND j.lane = 'bulk' AND {_DUE}
+        ORDER BY j.priority, j.line LIMIT :limit
+        FOR UPDATE SKIP LOCKED
+    ) c
+    WHERE b.state IN ('filling', 'running')
+), ranked AS (
+    SELECT id, row_number() OVER (PARTITION BY tenant_id ORDER BY priority, line) AS turn FROM heads
+), picked AS (
+    SELECT id, (CAST(:tokens AS uuid[]))[row_number() OVER (ORDER BY turn)] AS token
+    FROM (SELECT id, turn FROM ranked ORDER BY turn LIMIT :limit) fair
+), {_TAKE}
+""")  # noqa: S608
+
+_HELD = text(f"""
+SELECT {_CLAIMED_COLUMNS}, payloads.request FROM jobs j JOIN payloads ON payloads.job_id = j.id
+WHERE j.worker_id = :worker AND j.state = 'running' AND j.token = ANY(:tokens)
+""")  # noqa: S608
+
+_SETTLEMENTS = """
+input AS (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:tokens AS uuid[]), CAST(:outcomes AS text[]), CAST(:choices AS json[]),
+        CAST(:errors AS json[]), CAST(:usages AS json[]), CAST(:timings AS json[]), CAST(:served_by AS text[]),
+        CAST(:prompt_tokens AS integer[]), CAST(:cached_tokens AS integer[]), CAST(:completion_tokens AS integer[]),
+        CAST(:busy_seconds AS double precision[]), CAST(:token_dollars AS numeric[]),
+        CAST(:machine_dollars AS numeric[]), CAST(:delays AS double precision[]), CAST(:charged AS boolean[])
+    ) AS i (id, token, outcome, choices, error, usage, timings, served_by, prompt_tokens, cached_tokens,
+            completion_tokens, busy_seconds, token_dollars, machine_dollars, delay, charged)
+), held AS (
+    -- locked in one order, so that two transactions never wait for each other
+    SELECT i.*, i.outcome AS attempt_outcome, j.cancel_requested_at
+    FROM input i JOIN jobs j ON j.id = i.id AND j.token = i.token
+    ORDER BY j.id FOR UPDATE OF j
+)
+"""
+
+# From `ended`: the result, the bill and the attempt's end.
+_TAIL = """
+, written AS (
+    INSERT INTO results (job_id, tenant_id, choices, error, usage, timings, served_by)
+    SELECT id, tenant_id, choices, error, usage, timings, served_by FROM ended
+), billed AS (
+    INSERT INTO ledger (job_id, tenant_id, batch_id, model, state, prompt_tokens, cached_tokens, completion_tokens,
+                        busy_seconds, token_dollars, machine_dollars)
+    SELECT e.id, e.tenant_id, e.batch_id, e.model, e.outcome, e.prompt_tokens, e.cached_tokens, e.completion_tokens,
+           e.busy_seconds + earlier.busy_seconds, e.token_dollars, e.machine_dollars + earlier.machine_dollars
+    FROM ended e CROSS JOIN LATERAL (
+        SELECT coalesce(sum(a.busy_seconds), 0) AS busy_seconds, coalesce(sum(a.machine_dollars), 0) AS machine_dollars
+        FROM attempts a WHERE a.job_id = e.id AND a.ended_at IS NOT NULL
+    ) earlier
+), closed AS (
+    UPDATE attempts a
+    SET ended_at = now(), outcome = e.attempt_outcome, error = e.error ->> 'message', busy_seconds = e.busy_seconds,
+        machine_dollars = e.machine_dollars
+    FROM ended e WHERE a.token = e.token AND a.ended_at IS NULL
+)
+SELECT id, tenant_id, conversation FROM ended
+"""
+
+_END = """
+ended AS (
+    UPDATE jobs j SET state = h.outcome, finished_at = now(), token = NULL, worker_id = NULL
+    FROM held h WHERE j.id = h.id
+    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, h.token, h.outcome, h.attempt_outcome,
+              h.choices, h.error, h.usage, h.timings, h.served_by, h.prompt_tokens, h.cached_tokens,
+              h.completion_tokens, h.busy_seconds, h.token_dollars, h.machine_dollars
+)
+"""
+
+_END_HELD = text(f"""
+WITH {_SETTLEMENTS}, {_END} {_TAIL}
+""")
+
+_REQUEUE = text(f"""
+WITH {_SETTLEMENTS}, queued AS (
+    UPDATE jobs j
+    SET state = 'queued', token = NULL, worker_id = NULL, published_at = NULL,
+        run_after = now() + make_interval(secs => h.delay), attempts = attempts - CASE WHEN h.charged THEN 0 ELSE 1 END
+    FROM held h WHERE j.id = h.id AND h.cancel_requested_at IS NULL
+    RETURNING j.id, h.token, h.outcome, h.error, h.busy_seconds, h.machine_dollars
+), closed AS (
+    UPDATE attempts a
+    SET ended_at = now(), outcome = q.outcome, error = q.error ->> 'message', busy_seconds = q.busy_seconds,
+        machine_dollars = q.machine_dollars
+    FROM queued q WHERE a.token = q.token AND a.ended_at IS NULL
+)
+SELECT id FROM queued
+""")  # noqa: S608
+
+_CLOSED_BEFORE = text("""
+SELECT job_id FROM attempts WHERE token = ANY(:tokens) AND ended_at IS NOT NULL AND outcome <> 'lost'
+""")
+
+_LOCK = text("SELECT state FROM jobs WHERE id = :id AND tenant_id = :tenant FOR UPDATE")
+
+_ASK_TO_STOP = text("UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id")
+
+# A row that ends without a worker's word: nothing was made, nothing is charged.
+_NOTHING_MADE = """
+    '[]'::json AS choices,
+    json_build_object('prompt_tokens', 0, 'cached_tokens', 0, 'completion_tokens', 0) AS usage,
+    '{}'::json AS timings, NULL::text AS served_by, 0 AS prompt_tokens, 0 AS cached_tokens, 0 AS completion_tokens,
+    0::double precision AS busy_seconds, 0::numeric AS token_dollars, 0::numeric AS machine_dollars
+"""
+
+_END_WAITING = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE id = :id AND state IN ('queued', 'blocked')
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+_ONE_SWEEPER = text("SELECT pg_try_advisory_xact_lock(hashtext('headrace.sweeper'))")
+
+_BURY = text("UPDATE workers SET state = 'dead' WHERE state IN ('live', 'draining') AND lease_until < now()")
+
+_OF_A_DEAD_WORKER = """
+    j.state = 'running'
+    AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.id = j.worker_id AND w.state IN ('live', 'draining'))
+"""
+
+_END_LOST = text(f"""
+WITH held AS (
+    SELECT id, token, 'lost' AS attempt_outcome,
+           CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'failed' END AS outcome,
+           CASE WHEN cancel_requested_at IS NULL THEN json_build_object(
+               'code', 'worker_lost', 'message', format('its worker died, and attempt %s was the last', attempts)
+           ) END AS error, {_NOTHING_MADE}
+    FROM jobs j
+    WHERE {_OF_A_DEAD_WORKER} AND (cancel_requested_at IS NOT NULL OR attempts >= max_attempts)
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+_REQUEUE_LOST = text(f"""
+WITH held AS (
+    SELECT id, token FROM jobs j WHERE {_OF_A_DEAD_WORKER} ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+), queued AS (
+    UPDATE jobs j
+    SET state = 'queued', token = NULL, worker_id = NULL, published_at = NULL, run_after = now()
+    FROM held h WHERE j.id = h.id
+    RETURNING j.id, h.token
+), closed AS (
+    UPDATE attempts a SET ended_at = now(), outcome = 'lost', error = 'its worker died'
+    FROM queued q WHERE a.token = q.token AND a.ended_at IS NULL
+)
+SELECT id FROM queued
+""")  # noqa: S608
+
+_END_OVERDUE = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
+           json_build_object(
+               'code', 'deadline_exceeded', 'message', 'its deadline passed before it could start'
+           ) AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE deadline_at <= now() AND finished_at IS NULL AND state IN ('queued', 'blocked')
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+_TO_PUBLISH = text("""
+WITH overtaken AS (
+    SELECT model, priority, max(published_at) AS published_at FROM jobs
+    WHERE lane = 'interactive' AND started_at > now() - interval '60 s' AND published_at IS NOT NULL
+    GROUP BY model, priority
+), due AS (
+    SELECT j.id FROM jobs j LEFT JOIN overtaken o ON o.model = j.model AND o.priority = j.priority
+    WHERE j.state = 'queued' AND j.lane = 'interactive' AND j.run_after <= now() AND (
+        (j.published_at IS NULL AND (j.attempts > 0 OR j.run_after < now() - make_interval(secs => :republish)))
+        OR (j.published_at < now() - make_interval(secs => :republish) AND j.model = ANY(CAST(:empty AS text[])))
+        OR (j.published_at < now() - make_interval(secs => :overtaken)
+            AND j.published_at < o.published_at - make_interval(secs => :overtaken))
+    )
+    ORDER BY j.priority, j.run_after LIMIT :limit
+    FOR UPDATE OF j SKIP LOCKED
+)
+UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority
+""")
+
+_MODELS_WAITING = text("SELECT DISTINCT model FROM jobs WHERE state = 'queued' AND lane = 'interactive'")
+
+_LOCK_CONVERSATIONS = text("""
+SELECT 1 FROM conversations c
+JOIN unnest(CAST(:tenants AS text[]), CAST(:conversations AS text[])) AS e (tenant_id, id)
+  ON c.tenant_id = e.tenant_id AND c.id = e.id
+ORDER BY c.tenant_id, c.id FOR UPDATE OF c
+""")
+
+_RELEASE_TURNS = text("""
+UPDATE jobs j SET state = 'queued', run_after = now()
+FROM unnest(CAST(:tenants AS text[]), CAST(:conversations AS text[])) AS e (tenant_id, conversation)
+WHERE j.tenant_id = e.tenant_id AND j.conversation = e.conversation AND j.state = 'blocked' AND NOT EXISTS (
+    SELECT 1 FROM jobs b
+    WHERE b.tenant_id = j.tenant_id AND b.conversation = j.conversation AND b.turn < j.turn AND b.finished_at IS NULL
+)
+RETURNING j.id, j.model, j.priority
+""")
+
+_HISTORY = text("""
+SELECT p.request, r.choices
+FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
+WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.turn < :turn AND j.state = 'succeeded'
+ORDER BY j.turn
+""")
+
+SELECT_JOB = """
+SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
+       j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, p.custom_id,
+       p.request -> 'metadata' AS metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
+       l.busy_seconds, l.token_dollars, l.machine_dollars
+FROM jobs j
+JOIN payloads p ON p.job_id = j.id
+LEFT JOIN results r ON r.job_id = j.id
+LEFT JOIN ledger l ON l.job_id = j.id
+"""
+
+_GET = text(f"{SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
+
+_LIST = text(f"""{SELECT_JOB}
+WHERE j.tenant_id = :tenant
+  AND (CAST(:states AS text[]) IS NULL OR j.state = ANY(CAST(:states AS text[])))
+  AND (CAST(:model AS text) IS NULL OR j.model = :model)
+  AND (CAST(:batch AS uuid) IS NULL OR j.batch_id = :batch)
+  AND (CAST(:conversation AS text) IS NULL OR j.conversation = :conversation)
+  AND (CAST(:before AS uuid) IS NULL OR j.id < :before)
+ORDER BY j.id DESC LIMIT :limit
+""")

@@ -1,0 +1,263 @@
+"""The tables. Hot and narrow: `jobs`. What is asked and answered lies apart: `payloads`, `results`.
+
+CHECK constraints hold what the code promises, so that a mistake in the code is an error and not a wrong row.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.sql.schema import SchemaItem
+
+from jobs.states import FINAL, AttemptOutcome, BatchState, Lane, State, WorkerState
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    },
+)
+
+LOCAL_TENANT = "local"
+_FINAL = "('cancelled', 'expired', 'failed', 'succeeded')"
+assert set(_FINAL.strip("()").replace("'", "").split(", ")) == FINAL
+
+
+def _tenant() -> Column[str]:
+    return Column("tenant_id", Text, nullable=False, server_default=LOCAL_TENANT)
+
+
+def _now(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=text("now()"))
+
+
+def _time(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True))
+
+
+def _seconds(name: str) -> Column[float]:
+    return Column(name, Double, nullable=False, server_default="0")
+
+
+def _dollars(name: str) -> Column[object]:
+    # 12 decimals: one token at 0.01 dollars per million tokens is 1e-8 dollars.
+    return Column(name, Numeric(20, 12), nullable=False, server_default="0")
+
+
+def _job_key() -> Column[object]:
+    return Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+
+
+def _one_of(column: str, values: type[State | Lane | AttemptOutcome | WorkerState | BatchState]) -> SchemaItem:
+    names = ", ".join(f"'{value}'" for value in sorted(values))
+    return CheckConstraint(f"{column} IN ({names})", name=f"{column}_known")
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # made by the client
+    _tenant(),
+    Column("state", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("priority", SmallInteger, nullable=False),  # 0 goes first
+    Column("attempts", SmallInteger, nullable=False, server_default="0"),  # claims that were charged to the job
+    Column("max_attempts", SmallInteger, nullable=False),
+    _now("created_at"),
+    _now("run_after"),  # when it may start: acceptance, release of a turn, or the end of a retry's wait
+    _time("published_at"),  # when its message last went out; null: not yet
+    _time("started_at"),  # first claim
+    _time("finished_at"),
+    _time("deadline_at"),
+    _time("cancel_requested_at"),
+    Column("worker_id", Uuid),  # who holds it while running
+    Column("token", Uuid),  # under which it is held; without it nothing can be finished
+    Column("idempotency_key", Text),
+    Column("conversation", Text),
+    Column("turn", Integer),  # from 1
+    Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
+    Column("line", BigInteger),  # line number in the batch's input, from 1
+    _one_of("state", State),
+    _one_of("lane", Lane),
+    CheckConstraint(f"(finished_at IS NOT NULL) = (state IN {_FINAL})", name="finished_when_final"),
+    CheckConstraint(
+        "(state = 'running') = (token IS NOT NULL) AND (token IS NULL) = (worker_id IS NULL)",
+        name="held_when_running",
+    ),
+    CheckConstraint("state <> 'running' OR started_at IS NOT NULL", name="started_when_running"),
+    CheckConstraint("attempts BETWEEN 0 AND max_attempts", name="attempts_bounded"),
+    CheckConstraint("(lane = 'bulk') = (batch_id IS NOT NULL)", name="bulk_in_a_batch"),
+    CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
+    CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
+    CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
+    Index(
+        "jobs_idempotency_key_key",
+        "tenant_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    Index("jobs_turn_key", "tenant_id", "conversation", "turn", unique=True, postgresql_where=text("turn IS NOT NULL")),
+    Index("jobs_batch_line_idx", "batch_id", "line", postgresql_where=text("batch_id IS NOT NULL")),
+    Index(
+        "jobs_backlog_idx",
+        "batch_id",
+        "model",
+        "priority",
+        "line",
+        postgresql_where=text("state = 'queued' AND lane = 'bulk'"),
+    ),
+    Index(
+        "jobs_waiting_idx",
+        "model",
+        "priority",
+        "run_after",
+        postgresql_where=text("state = 'queued' AND lane = 'interactive'"),
+    ),
+    Index("jobs_running_idx", "worker_id", postgresql_where=text("state = 'running'")),
+    Index(
+        "jobs_deadline_idx",
+        "deadline_at",
+        postgresql_where=text("deadline_at IS NOT NULL AND finished_at IS NULL"),
+    ),
+    Index("jobs_started_idx", "model", "priority", "started_at", postgresql_where=text("lane = 'interactive'")),
+    Index("jobs_listed_idx", "tenant_id", "id"),
+)
+
+payloads = Table(
+    "payloads",
+    metadata,
+    _job_key(),
+    _tenant(),
+    Column("custom_id", Text),  # the caller's name of a batch's line
+    Column("request", JSON, nullable=False),  # json, not jsonb: the text is kept byte for byte
+    Column("digest", LargeBinary, nullable=False),
+)
+
+results = Table(
+    "results",
+    metadata,
+    _job_key(),
+    _tenant(),
+    Column("choices", JSON, nullable=False),
+    Column("error", JSON),
+    Column("usage", JSON, nullable=False),
+    Column("timings", JSON, nullable=False),
+    Column("served_by", Text),
+    _now("created_at"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("token", Uuid, primary_key=True),
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    _tenant(),
+    Column("worker_id", Uuid, nullable=False),
+    _now("started_at"),
+    _time("ended_at"),
+    Column("outcome", Text),
+    Column("error", Text),
+    _seconds("busy_seconds"),
+    _dollars("machine_dollars"),  # busy seconds at the rate of the worker that spent them
+    _one_of("outcome", AttemptOutcome),
+    CheckConstraint("(outcome IS NULL) = (ended_at IS NULL)", name="closed_once"),
+    Index("attempts_job_id_idx", "job_id"),
+)
+
+# No foreign key: the bill outlives what it was for.
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("job_id", Uuid, primary_key=True),
+    _tenant(),
+    Column("batch_id", Uuid),
+    Column("model", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False, server_default="0"),
+    Column("cached_tokens", Integer, nullable=False, server_default="0"),
+    Column("completion_tokens", Integer, nullable=False, server_default="0"),
+    _seconds("busy_seconds"),
+    _dollars("token_dollars"),
+    _dollars("machine_dollars"),
+    _now("created_at"),
+    CheckConstraint(f"state IN {_FINAL}", name="final"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # one incarnation: fresh at every start
+    _tenant(),
+    Column("state", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("running", Integer, nullable=False, server_default="0"),  # rows it holds, as of the last heartbeat
+    Column("ready", SmallInteger, nullable=False, server_default="0"),  # 1: its engine answers
+    Column("info", JSONB, nullable=False, server_default="{}"),
+    _seconds("busy_seconds"),  # the engine's own total, to hold against the ledger
+    _now("started_at"),
+    _now("renewed_at"),
+    Column("lease_until", DateTime(timezone=True), nullable=False),
+    _one_of("state", WorkerState),
+    Index("workers_lease_idx", "lease_until", postgresql_where=text("state IN ('live', 'draining')")),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _tenant(),
+    Column("state", Text, nullable=False),
+    Column("source", JSONB, nullable=False, server_default="{}"),  # what the rows come from, to tell a changed input
+    Column("input_offset", BigInteger, nullable=False, server_default="0"),  # bytes taken in
+    Column("input_lines", BigInteger, nullable=False, server_default="0"),  # lines taken in, bad ones too
+    _now("created_at"),
+    _time("finished_at"),
+    _one_of("state", BatchState),
+    CheckConstraint("(finished_at IS NOT NULL) = (state IN ('finished', 'cancelled'))", name="finished_when_final"),
+    Index("batches_open_idx", "state", postgresql_where=text("finished_at IS NULL")),
+)
+
+# Lines of a batch's input that could not become jobs.
+rejections = Table(
+    "rejections",
+    metadata,
+    Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("line", BigInteger, primary_key=True),
+    _tenant(),
+    Column("custom_id", Text),
+    Column("error", JSON, nullable=False),
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, server_default=LOCAL_TENANT),
+    Column("id", Text, primary_key=True),
+    Column("turns", Integer, nullable=False),
+    _now("created_at"),
+)
