@@ -1,0 +1,1 @@
+"""The way in: client, validation, bulk files. Loads no torch."""

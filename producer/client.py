@@ -1,0 +1,222 @@
+"""The one way in. Gateway, command line and bulk are thin shells over it.
+
+    with Producer() as producer:
+        job = producer.submit(model="tiny-chat", messages=[{"role": "user", "content": "What is 12 + 30?"}])
+        print(producer.wait(job.id).text)
+
+Thread-safe; make one per process. Needs Postgres to accept; does without Redis, only slower.
+"""
+
+from __future__ import annotations
+
+import builtins
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from jobs.batches import Batches, Line
+from jobs.database import Database
+from jobs.dispatch import Dispatcher
+from jobs.errors import RequestInvalid, SettingsError, WaitTimeout
+from jobs.ids import new_id
+from jobs.leases import Leases
+from jobs.schema import Job, JobRequest
+from jobs.settings import Settings
+from jobs.signals import CANCEL, ENDED, Signals
+from jobs.states import State
+from jobs.store import Store, Waiting
+from jobs.tables import LOCAL_TENANT
+from producer.validation import Validator
+
+# Without a word from Redis, a waiting call looks into Postgres this often.
+_LOOK_SECONDS = 0.2
+_LOOK_WITH_SIGNALS_SECONDS = 1.0
+_CHUNK_ROWS = 1000
+
+
+class Producer:
+    """Submits jobs and follows them."""
+
+    def __init__(self, settings: Settings | None = None, tenant_id: str = LOCAL_TENANT) -> None:
+        self.settings = settings or Settings.load()
+        if self.settings.database_url is None:
+            raise SettingsError("HEADRACE_DATABASE_URL", "is not set; a producer needs the two servers of a stack")
+        self.tenant_id = tenant_id
+        self.database = Database(self.settings.database_url, self.settings.store_wait_seconds)
+        self.store = Store(self.database)
+        self.batches = Batches(self.database)
+        self.leases = Leases(self.database, self.settings.lease_seconds)
+        self.validator = Validator(self.settings)
+        self.dispatcher = Dispatcher(self.settings, self.store.mark_published)
+        self._signals = Signals(self.settings)
+        self._ears = _Ears(self._signals)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the servers. Jobs go on."""
+        self._ears.close()
+        self.dispatcher.close()
+        self._signals.close()
+        self.database.close()
+
+    def submit(self, request: JobRequest | None = None, *, job_id: UUID | None = None, **fields: Any) -> Job:
+        """Accept one job: from here on it cannot be lost. The fields are those of `JobRequest`.
+
+        Raises RequestInvalid naming the field at fault, IdempotencyConflict, or StoreUnavailable; after the last one,
+        submitting again with the same `job_id` is safe.
+        """
+        checked = self.validator.check(request or JobRequest.parse(fields))
+        accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
+        if accepted.created and accepted.state is State.QUEUED:
+            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
+        return self.get(accepted.id)
+
+    def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
+        """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
+
+        A turn of a conversation and an idempotency key need `submit`. Errors name the request: `requests[3].model`.
+        """
+        lines = [self._line(number, request) for number, request in enumerate(requests)]
+        batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)}, self.tenant_id)
+        self.batches.take_in(batch, lines, (), start_offset=0, end_offset=len(lines), last_line=len(lines))
+        self.batches.filled(batch.id)
+        for model in sorted({line.request.model for line in lines}):
+            self.dispatcher.hint_bulk(model)
+        return self._all_of(batch.id, len(lines))
+
+    def _line(self, number: int, fields: JobRequest | dict[str, Any]) -> Line:
+        try:
+            request = self.validator.check(JobRequest.parse(fields))
+            for alone in ("conversation", "idempotency_key"):
+                if getattr(request, alone) is not None:
+                    raise RequestInvalid(alone, "is not for a batch; use submit")  # noqa: TRY301 - one place adds the index
+        except RequestInvalid as error:
+            raise RequestInvalid(f"requests[{number}].{error.field}", error.message, error.code) from None
+        return Line(number + 1, f"request-{number}", request, request.max_attempts or self.settings.max_attempts)
+
+    def _all_of(self, batch_id: UUID, rows: int) -> builtins.list[Job]:
+        jobs = self.store.list(self.tenant_id, batch_id=batch_id, limit=rows)
+        return sorted(jobs, key=lambda job: int((job.custom_id or "-0").rpartition("-")[2]))
+
+    def get(self, job_id: UUID) -> Job:
+        """The job as it is now. Raises NotFound."""
+        return self.store.get(job_id, self.tenant_id)
+
+    def list(
+        self,
+        *,
+        states: Sequence[State] = (),
+        model: str | None = None,
+        batch_id: UUID | None = None,
+        conversation: str | None = None,
+        before: UUID | None = None,
+        limit: int = 50,
+    ) -> builtins.list[Job]:
+        """Jobs, newest first; `before` is the last id of the page before."""
+        return self.store.list(
+            self.tenant_id,
+            states=states,
+            model=model,
+            batch_id=batch_id,
+            conversation=conversation,
+            before=before,
+            limit=limit,
+        )
+
+    def wait(self, job_id: UUID, timeout_seconds: float | None = None) -> Job:
+        """The job once it has ended, however it ended. Raises WaitTimeout; the job goes on then."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._ears.hearing(job_id) as heard:
+            while not (job := self.get(job_id)).state.final:
+                left = _LOOK_WITH_SIGNALS_SECONDS if self._ears.ready else _LOOK_SECONDS
+                if deadline is not None:
+                    left = min(left, deadline - time.monotonic())
+                    if left <= 0:
+                        raise WaitTimeout(f"job {job_id} is {job.state} after {timeout_seconds:g} s")
+                if heard.wait(left):
+                    heard.clear()
+        return job
+
+    def cancel(self, job_id: UUID) -> Job:
+        """End a waiting job at once; have a running one stopped. A job that has ended stays as it is."""
+        state, released = self.store.cancel(job_id, self.tenant_id)
+        if state is State.RUNNING:
+            self._signals.publish(CANCEL, [job_id])
+        elif state is State.CANCELLED:
+            self._signals.publish(ENDED, [job_id])
+        if released:
+            self.dispatcher.publish(released)
+        return self.get(job_id)
+
+
+class _Ears:
+    """One subscriber for all waiting calls of a process, started by the first of them."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        self._waiting: dict[UUID, builtins.list[threading.Event]] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._subscribed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether an end would be heard."""
+        return self._subscribed.is_set()
+
+    def hearing(self, job_id: UUID) -> _Hearing:
+        """A context in which the event it gives is set when the job is said to have ended."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._listen, name="ears", daemon=True)
+                self._thread.start()
+        return _Hearing(self._waiting, self._lock, job_id)
+
+    def _listen(self) -> None:
+        self._signals.listen(ENDED, self._wake, self._stop, self._subscribed)
+
+    def _wake(self, job_id: UUID) -> None:
+        with self._lock:
+            for event in self._waiting.get(job_id, ()):
+                event.set()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class _Hearing:
+    """One waiting call's place in the list."""
+
+    def __init__(self, waiting: dict[UUID, builtins.list[threading.Event]], lock: threading.Lock, job_id: UUID) -> None:
+        self._waiting = waiting
+        self._lock = lock
+        self._job_id = job_id
+        self._event = threading.Event()
+
+    def __enter__(self) -> threading.Event:
+        with self._lock:
+            self._waiting.setdefault(self._job_id, []).append(self._event)
+        return self._event
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            events = self._waiting[self._job_id]
+            events.remove(self._event)
+            if not events:
+                del self._waiting[self._job_id]

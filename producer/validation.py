@@ -1,0 +1,101 @@
+"""Checks a request against the model that will serve it, before a row exists. Loads tokenizers, never torch."""
+
+from __future__ import annotations
+
+from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
+from jobs.schema import JobRequest
+from jobs.settings import Settings
+from models.catalog import Catalog, CatalogError, ModelSpec, UnknownModel
+from models.prompt import PromptError, PromptFormat, encode_prompt, load_prompt_format
+
+
+def catalog_of(settings: Settings) -> Catalog:
+    """The models these settings know. Raises SettingsError naming the table and field at fault."""
+    try:
+        return Catalog.from_mapping(settings.models)
+    except CatalogError as error:
+        name = ".".join(part for part in ("models", error.model, error.field) if part)
+        raise SettingsError(name, error.message) from None
+
+
+class Validator:
+    """Refuses what no engine could run, and fills in what the model's defaults say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._catalog = catalog_of(settings)
+        self._max_prompt_bytes = settings.max_prompt_bytes
+
+    def check(self, request: JobRequest) -> JobRequest:
+        """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
+        spec = self._spec(request.model)
+        self._check_size(request)
+        form = _format(spec)
+        room = form.context_tokens - _prompt_tokens(form, request)
+        max_tokens = _max_tokens(request, spec, form.context_tokens, room)
+        temperature = spec.default_temperature if request.temperature is None else request.temperature
+        return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
+
+    def _spec(self, model: str) -> ModelSpec:
+        try:
+            return self._catalog.get(model)
+        except UnknownModel as error:
+            raise ModelUnknown(error.message) from None
+        except CatalogError as error:
+            raise RequestInvalid("model", str(error)) from None
+
+    def _check_size(self, request: JobRequest) -> None:
+        field = prompt_field(request)
+        size = _prompt_bytes(request)
+        if size == 0:
+            raise RequestInvalid(field, "must not be empty")
+        if size > self._max_prompt_bytes:
+            raise RequestInvalid(
+                field,
+                f"has {size:,} bytes, at most {self._max_prompt_bytes:,} are accepted (HEADRACE_MAX_PROMPT_BYTES)",
+            )
+
+
+def prompt_field(request: JobRequest) -> str:
+    """The field that carries the prompt."""
+    return "messages" if request.messages is not None else "prompt"
+
+
+def _format(spec: ModelSpec) -> PromptFormat:
+    try:
+        return load_prompt_format(spec)
+    except PromptError as error:
+        raise RequestInvalid("model", f"{spec.name!r} cannot be used: {error.message}") from None
+
+
+def _prompt_bytes(request: JobRequest) -> int:
+    if request.messages is not None:
+        return sum(len(message.content.encode()) for message in request.messages)
+    return len(request.prompt.encode() if isinstance(request.prompt, str) else request.prompt or ())
+
+
+def _prompt_tokens(form: PromptFormat, request: JobRequest) -> int:
+    field = prompt_field(request)
+    messages = None if request.messages is None else [message.model_dump() for message in request.messages]
+    try:
+        tokens = len(encode_prompt(form, messages, request.prompt))
+    except PromptError as error:
+        raise RequestInvalid(error.field, error.message) from None
+    if tokens == 0:
+        raise RequestInvalid(field, "holds no token")
+    if tokens >= form.context_tokens:
+        message = f"has {tokens:,} tokens, the model's context holds {form.context_tokens:,}"
+        raise RequestInvalid(field, message, "context_length_exceeded")
+    return tokens
+
+
+def _max_tokens(request: JobRequest, spec: ModelSpec, context_tokens: int, room: int) -> int:
+    if request.max_tokens is None:
+        return min(spec.default_max_tokens, room)
+    if request.max_tokens > room:
+        raise RequestInvalid(
+            "max_tokens",
+            f"{request.max_tokens:,} does not fit: the context holds {context_tokens:,} tokens, "
+            f"{context_tokens - room:,} of them are the prompt",
+            "context_length_exceeded",
+        )
+    return request.max_tokens

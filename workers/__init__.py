@@ -1,0 +1,1 @@
+"""Processes that serve one model: supervisor, Celery consumer, engine host, leases, sweeper."""

@@ -1,0 +1,147 @@
+"""The Celery process of a worker: `python -m workers.consumer --socket PATH --spec JSON [--alive PATH]`.
+
+Claims, leases and results; I/O only. It ends with its supervisor, whose pipe is its standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from celery import Celery, signals
+from celery.exceptions import Ignore
+from celery.worker.control import Panel
+from kombu.entity import Queue
+
+from jobs.dispatch import DRAIN, RUN_JOB, celery_app, queue_name
+from jobs.errors import NotFound
+from jobs.logs import set_up_logging
+from jobs.settings import Settings
+from jobs.states import Lane
+from models.catalog import ModelSpec
+from workers import tasks
+from workers.host import Host
+
+log = logging.getLogger(__name__)
+
+# Threads wait for the engine; a few more than its slots so that one always looks for what comes next.
+SPARE_THREADS = 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM, then drain."""
+    options = _parse(arguments)
+    set_up_logging("consumer")
+    # Ctrl-C reaches the whole group; the supervisor decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    settings = Settings.load()
+    host = Host(settings, options.spec, options.socket, options.alive)
+    host.open()
+    app = worker_app(settings, host)
+    app.Worker(
+        hostname=f"{options.spec.name.replace('@', '-')}-{host.worker_id.hex[-12:]}@%h",
+        concurrency=host.slots + SPARE_THREADS,
+        loglevel="INFO",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=False,
+    ).start()
+    host.close()
+    return 0
+
+
+def worker_app(settings: Settings, host: Host) -> Celery:
+    """The Celery application whose tasks run on this host."""
+    app = celery_app(settings)
+    app.conf.task_queues = [Queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+    app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
+
+    @app.task(name=RUN_JOB, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
+    def run_job(job_id: str) -> str:
+        return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
+
+    @app.task(name=DRAIN)  # type: ignore[untyped-decorator]
+    def drain(_: str) -> str:
+        return _or_ignore(lambda: f"{tasks.drain(host)} rows")
+
+    host.on_backlog = lambda: _drain_without_message(host)
+    signals.worker_shutting_down.connect(lambda **_: _drain_in_background(host), weak=False)
+    _cancel_on_revoke(host)
+    return app
+
+
+def _or_ignore(work: Any) -> str:
+    try:
+        return str(work())
+    except (tasks.NotOurs, NotFound) as error:
+        log.info("%s", error)
+        raise Ignore from None
+
+
+def _drain_without_message(host: Host) -> None:
+    """The message is only a hint: rows seen at a heartbeat are drained all the same."""
+    if host.drained_by.locked() or host.draining.is_set():
+        return
+
+    def run() -> None:
+        try:
+            tasks.drain(host)
+        except tasks.NotOurs:
+            pass
+        except Exception:
+            log.exception("a drain failed; the next heartbeat starts another")
+
+    threading.Thread(target=run, name="drain", daemon=True).start()
+
+
+def _drain_in_background(host: Host) -> None:
+    """Celery sends this from a signal handler; the database is not for those."""
+    threading.Thread(target=host.start_draining, name="start-draining", daemon=True).start()
+
+
+def _cancel_on_revoke(host: Host) -> None:
+    """Flower's revoke cancels the job: its task id is the job's id."""
+    revoke = Panel.data["revoke"]
+
+    def revoke_and_cancel(state: Any, task_id: Any, **options: Any) -> Any:
+        for one in task_id if isinstance(task_id, list) else [task_id]:
+            _cancel(host, str(one))
+        # A thread cannot be terminated; the engine stops the job.
+        return revoke(state, task_id, **(options | {"terminate": False}))
+
+    Panel.data["revoke"] = revoke_and_cancel
+
+
+def _cancel(host: Host, task_id: str) -> None:
+    try:
+        host.cancel(UUID(task_id))
+    except (ValueError, NotFound):
+        log.info("revoked task %s is no job", task_id)
+
+
+def _end_with_parent() -> None:
+    """Standard input is the supervisor's pipe: when it closes, the supervisor is gone."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    log.warning("the supervisor is gone")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m workers.consumer", description="Claim and settle jobs.")
+    parser.add_argument("--socket", type=Path, required=True, help="where the engine listens")
+    parser.add_argument("--spec", type=ModelSpec.model_validate_json, required=True, help="models.catalog.ModelSpec")
+    parser.add_argument("--alive", type=Path, help="file touched at every heartbeat")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

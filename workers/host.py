@@ -1,0 +1,262 @@
+"""What one worker process holds: its lease, its engine, its committer, and the jobs in its hands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from uuid import UUID, uuid4
+
+import orjson
+
+from jobs.database import Database
+from jobs.dispatch import Dispatcher
+from jobs.errors import Fenced, StoreUnavailable
+from jobs.leases import Leases, Load, Renewal
+from jobs.settings import Settings
+from jobs.signals import CANCEL, ENDED, Signals
+from jobs.states import Lane, State
+from jobs.store import Claim, Settled, Settlement, Store
+from models.catalog import ModelSpec
+from models.prompt import load_prompt_format
+from workers.committer import Committer
+from workers.engine_link import EngineLink
+from workers.loops import Loop
+from workers.sweeper import Sweeper
+
+log = logging.getLogger(__name__)
+
+# A lease is taken for over this much before its end, so that a slow clock or a slow stop does not overrun it.
+_LEASE_MARGIN_SECONDS = 1.0
+
+Stop = Literal["cancel", "release", "fence"]
+
+
+@dataclass(slots=True)
+class Held:
+    """One claimed job. `stop` says why it is stopped early: asked by its owner, for a drain, or its lease ends."""
+
+    claim: Claim
+    stop: Stop | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Its name in the engine: unique per attempt, and the job can be read off it."""
+        return f"{self.claim.id}/{self.claim.token}"
+
+
+@dataclass(slots=True)
+class Hands:
+    """The tokens this worker holds or may hold, and what it knows of each. Thread-safe."""
+
+    _held: dict[UUID, Held | None] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reach(self, count: int = 1) -> list[UUID]:
+        """Fresh tokens, held from before the claim, so that no claim is ever taken for unheld."""
+        tokens = [uuid4() for _ in range(count)]
+        with self._lock:
+            self._held.update(dict.fromkeys(tokens))
+        return tokens
+
+    def take(self, tokens: Sequence[UUID], claims: Sequence[Claim]) -> list[Held]:
+        """Keep the tokens that claimed something, drop the others."""
+        held = [Held(claim) for claim in claims]
+        with self._lock:
+            for token in tokens:
+                self._held.pop(token, None)
+            self._held.update({one.claim.token: one for one in held})
+        return held
+
+    def drop(self, tokens: Sequence[UUID]) -> None:
+        """These are settled."""
+        with self._lock:
+            for token in tokens:
+                self._held.pop(token, None)
+
+    def tokens(self) -> list[UUID]:
+        """Everything held or reached for."""
+        with self._lock:
+            return list(self._held)
+
+    def all(self) -> list[Held]:
+        """Every claimed job."""
+        with self._lock:
+            return [one for one in self._held.values() if one is not None]
+
+    def mark(self, which: Sequence[Held], stop: Stop) -> list[Held]:
+        """Say why these are being stopped, the first reason stands; returns those that had none."""
+        with self._lock:
+            fresh = [one for one in which if one.stop is None]
+            for one in fresh:
+                one.stop = stop
+        return fresh
+
+
+class Host:
+    """Everything that a job's life needs, and the loops that keep it true."""
+
+    def __init__(self, settings: Settings, spec: ModelSpec, socket_path: Path, alive_path: Path | None = None) -> None:
+        assert settings.database_url is not None
+        self.settings = settings
+        self.spec = spec
+        self.worker_id = uuid4()
+        self.hands = Hands()
+        self.draining = threading.Event()
+        self.drained_by = threading.Lock()  # held by the one bulk drain that runs
+        self.engine = EngineLink(socket_path, settings.engine_hang_seconds)
+        self.format = load_prompt_format(spec)
+        self._alive_path = alive_path
+        self._database = Database(settings.database_url, settings.store_wait_seconds, pool_size=8)
+        # Heartbeats have connections and patience of their own: no burst of claims may delay them.
+        self._pulse = Database(settings.database_url, settings.heartbeat_seconds, pool_size=2)
+        self.store = Store(self._database)
+        self._leases = Leases(self._pulse, settings.lease_seconds)
+        self._lease_ends = 0.0
+        self.dispatcher = Dispatcher(settings, self.store.mark_published)
+        self._signals = Signals(settings)
+        self.committer = Committer(self.store, self._announce)
+        sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
+        self._loops = [
+            Loop("heartbeat", settings.heartbeat_seconds, self.beat),
+            Loop("lease-guard", settings.heartbeat_seconds / 5, self.guard_lease),
+            Loop("sweeper", settings.sweep_seconds, sweeper.run_once),
+        ]
+        self._stop = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="cancel-listener", daemon=True)
+        # Set by whoever can start a drain: bulk rows were seen at a heartbeat, message or not.
+        self.on_backlog: Callable[[], None] = lambda: None
+        self.slots = spec.slots
+        self.served_by = spec.name
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Wait for the engine, take a lease, start the loops."""
+        health = self.engine.open(self.settings.engine_start_seconds)
+        self.slots = health.slots
+        self.served_by = f"{health.model} on {health.engine}, {health.quantization}, {health.device}"
+        self._register()
+        self.committer.start()
+        self._listener.start()
+        for loop in self._loops:
+            loop.start()
+
+    def start_draining(self) -> None:
+        """Claim no more; finish what runs for `drain_seconds`, then give it back uncharged."""
+        if self.draining.is_set():
+            return
+        self.draining.set()
+        try:
+            self._leases.drain(self.worker_id)
+        except StoreUnavailable as error:
+            log.warning("could not announce the drain: %s", error)
+        self.engine.drain()
+        timer = threading.Timer(self.settings.drain_seconds, lambda: self.stop_held(self.hands.all(), "release"))
+        timer.daemon = True
+        timer.start()
+
+    def close(self) -> None:
+        """Commit what is done, say goodbye. What is still held is taken over by another worker at once."""
+        self._stop.set()
+        for loop in self._loops:
+            loop.stop()
+        self.committer.close()
+        self.engine.close()
+        try:
+            self._leases.stop(self.worker_id)
+        except StoreUnavailable as error:
+            log.warning("could not say goodbye: %s", error)
+        self._listener.join()
+        self.dispatcher.close()
+        self._signals.close()
+        self._database.close()
+        self._pulse.close()
+
+    def _register(self) -> None:
+        info = orjson.dumps({"served_by": self.served_by, "tier": self.spec.tier}).decode()
+        asked_at = time.monotonic()
+        self._leases.register(
+            self.worker_id,
+            model=self.spec.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self.slots,
+            info=info,
+        )
+        self._lease_ends = asked_at + self.settings.lease_seconds
+
+    # -- heartbeat ----------------------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Renew the lease, stop what was cancelled, look for bulk rows; be born again if the lease was lost."""
+        self._say_alive()
+        health = self.engine.health()
+        load = Load(len(self.hands.all()), health is not None, health.busy_seconds if health else 0.0)
+        asked_at = time.monotonic()
+        try:
+            renewal = self._leases.renew(self.worker_id, load, self.hands.tokens())
+        except Fenced:
+            self._start_anew()
+            return
+        self._lease_ends = asked_at + self.settings.lease_seconds
+        self._obey(renewal)
+
+    def guard_lease(self) -> None:
+        """Stop our own rows before the lease ends if it could not be renewed: they will be somebody else's."""
+        if time.monotonic() > self._lease_ends - _LEASE_MARGIN_SECONDS:
+            self.stop_held(self.hands.all(), "fence")
+
+    def _obey(self, renewal: Renewal) -> None:
+        cancelled = set(renewal.cancelled)
+        self.stop_held([one for one in self.hands.all() if one.claim.token in cancelled], "cancel")
+        if renewal.backlog:
+            self.on_backlog()
+
+    def _start_anew(self) -> None:
+        log.warning("worker %s was taken for dead; it goes on as a new one", self.worker_id)
+        self.stop_held(self.hands.all(), "fence")
+        self.worker_id = uuid4()
+        if not self.draining.is_set():
+            self._register()
+
+    def _say_alive(self) -> None:
+        if self._alive_path is not None:
+            self._alive_path.touch()
+
+    # -- stopping jobs ------------------------------------------------------------------------------------------
+
+    def stop_held(self, which: Sequence[Held], why: Stop) -> None:
+        """Have the engine end these within a step."""
+        for one in self.hands.mark(which, why):
+            self.engine.cancel(one.request_id)
+
+    def cancel(self, job_id: UUID) -> None:
+        """Cancel a job as its owner would, whoever holds it."""
+        state, released = self.store.cancel(job_id)
+        self._signals.publish(CANCEL if state is State.RUNNING else ENDED, [job_id])
+        if released:
+            self.dispatcher.publish(released)
+
+    def _listen(self) -> None:
+        self._signals.listen(CANCEL, self._cancel, self._stop, threading.Event())
+
+    def _cancel(self, job_id: UUID) -> None:
+        self.stop_held([one for one in self.hands.all() if one.claim.id == job_id], "cancel")
+
+    # -- after the commit ---------------------------------------------------------------------------------------
+
+    def _announce(self, settlements: Sequence[Settlement], settled: Settled) -> None:
+        """In the committer's thread: what was settled leaves our hands; then whoever waits is told."""
+        lanes = {one.claim.id: one.claim.lane for one in self.hands.all()}
+        self.hands.drop([settlement.token for settlement in settlements])
+        ended = [s.id for s in settlements if s.id in settled.done and not s.requeues]
+        self._signals.publish(ENDED, [job_id for job_id in ended if lanes.get(job_id) is Lane.INTERACTIVE])
+        if settled.released:
+            self.dispatcher.publish(settled.released)

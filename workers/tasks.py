@@ -1,0 +1,334 @@
+"""A job's life in a worker, top to bottom: claim, generate, finish, announce.
+
+Two kinds of message lead here. `run_job(id)` names one interactive job. `drain(model)` says that bulk rows wait: it
+claims what the engine has room for, again and again, until none are left. Both take the same path through `_begin`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from uuid import UUID
+
+from jobs.errors import HeadraceError, RequestInvalid
+from jobs.schema import Choice, JobError, JobRequest, Timings, Usage
+from jobs.states import AttemptOutcome
+from jobs.store import Claim, Settlement
+from models.catalog import ModelSpec
+from models.prompt import PromptError, encode_prompt
+from models.protocol import Ended, Event, Failure, GenerationRequest, SamplingParams
+from models.protocol import Usage as EngineUsage
+from workers.host import Held, Host
+
+log = logging.getLogger(__name__)
+
+# A drain waits for this share of the slots, or this long, before it claims again: one statement for many rows.
+_REFILL_SHARE = 4
+_REFILL_SECONDS = 0.01
+# While the last rows run, new ones are looked for this often.
+_LOOK_AGAIN_SECONDS = 1.0
+_ENGINE_SECONDS = 1.0
+
+
+class JobFailed(HeadraceError):
+    """Raised after the commit, so that Flower shows the task of a failed job as failed."""
+
+
+class NotOurs(HeadraceError):
+    """The message asks for nothing: the job has ended, runs elsewhere, or was given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How an attempt ended, once it is committed."""
+
+    settlement: Settlement
+    counted: bool  # False: the job had become somebody else's
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who wants to know. Called from the threads of the engine's reader and of the committer; must not block."""
+
+    finished: Callable[[Finished], None]
+    left_engine: Callable[[], None] = lambda: None
+
+
+def run_job(host: Host, job_id: UUID) -> str:
+    """One interactive job from claim to announcement. Returns its final state's name."""
+    _await_engine(host)
+    held = _claim(host, job_id)
+    if held is None:
+        raise NotOurs(f"job {job_id} is not to be run here")
+    done: Future[Finished] = Future()
+    _begin(host, [held], Watcher(done.set_result))
+    finished = done.result()
+    settlement = finished.settlement
+    if not finished.counted or settlement.requeues:
+        raise NotOurs(f"job {job_id} was given back or taken over")
+    if settlement.outcome is AttemptOutcome.FAILED and settlement.error is not None:
+        raise JobFailed(f"{settlement.error.code}: {settlement.error.message}")
+    return str(settlement.outcome)
+
+
+def drain(host: Host) -> int:
+    """Bulk rows of the route until none are left or the worker drains; at most one per worker. Returns rows run."""
+    if not host.drained_by.acquire(blocking=False):
+        raise NotOurs("this worker drains the route already")
+    try:
+        return _Drain(host).run()
+    finally:
+        host.drained_by.release()
+
+
+class _Drain:
+    """Keeps the engine full of bulk rows and never claims more than it has room for."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._in_engine = 0
+        self._open = 0  # not committed yet
+        self._changed = threading.Condition()
+
+    def run(self) -> int:
+        rows = 0
+        while not self._host.draining.is_set():
+            _await_engine(self._host)
+            room = self._await_room()
+            held = _claim_bulk(self._host, room)
+            if not held and not self._wait_for_any():
+                break
+            rows += len(held)
+            self._start(held)
+        self._wait_for_all()
+        return rows
+
+    def _start(self, held: Sequence[Held]) -> None:
+        with self._changed:
+            self._in_engine += len(held)
+            self._open += len(held)
+        _begin(self._host, held, Watcher(self._finished, self._left_engine))
+
+    def _left_engine(self) -> None:
+        with self._changed:
+            self._in_engine -= 1
+            self._changed.notify_all()
+
+    def _finished(self, _: Finished) -> None:
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
+
+    def _await_room(self) -> int:
+        slots = self._host.slots
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_engine < slots)
+            enough = max(1, slots // _REFILL_SHARE)
+            self._changed.wait_for(lambda: slots - self._in_engine >= enough, _REFILL_SECONDS)
+            return slots - self._in_engine
+
+    def _wait_for_any(self) -> bool:
+        """Nothing was left to claim; False when nothing runs either. What runs may still come back as a retry."""
+        with self._changed:
+            before = self._open
+            self._changed.wait_for(lambda: self._open < before, _LOOK_AGAIN_SECONDS if before else 0.0)
+            return before > 0
+
+    def _wait_for_all(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._open == 0)
+
+
+# == claim =======================================================================================================
+
+
+def _await_engine(host: Host) -> None:
+    """While the engine starts again, nothing is claimed: a job in the queue can still go to another worker."""
+    while not host.engine.ready.wait(_ENGINE_SECONDS):
+        if host.draining.is_set():
+            raise NotOurs("the worker stops")
+
+
+def _claim(host: Host, job_id: UUID) -> Held | None:
+    tokens = host.hands.reach()
+    claims: list[Claim] = []
+    try:
+        claim = host.store.claim(job_id, host.worker_id, tokens[0])
+        claims = [] if claim is None else [claim]
+    finally:
+        held = host.hands.take(tokens, claims)
+    return held[0] if held else None
+
+
+def _claim_bulk(host: Host, room: int) -> list[Held]:
+    tokens = host.hands.reach(room)
+    claims: list[Claim] = []
+    try:
+        claims = host.store.claim_bulk(host.spec.name, host.worker_id, tokens)
+    finally:
+        held = host.hands.take(tokens, claims)
+    return held
+
+
+# == generate ====================================================================================================
+
+
+def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
+    """Tokenize and hand to the engine; each one's end leads to `_ended`, its commit to `watcher.finished`."""
+    requests = []
+    for one in held:
+        started = time.perf_counter()
+        then = partial(_ended, host, one, watcher)
+        try:
+            request = _generation_request(host, one)
+        except HeadraceError as error:
+            then(0.0, _refused(one, error))
+            continue
+        tokenize_seconds = time.perf_counter() - started
+        requests.append((request, partial(then, tokenize_seconds)))
+    if requests:
+        host.engine.submit(requests)
+
+
+def _generation_request(host: Host, held: Held) -> GenerationRequest:
+    claim = held.claim
+    history: list[dict[str, str]] = []
+    if claim.conversation is not None and claim.turn is not None and claim.turn > 1:
+        history = host.store.history(claim.tenant_id, claim.conversation, claim.turn)
+    return GenerationRequest(
+        id=held.request_id,
+        prompt_token_ids=_prompt_token_ids(host, claim.request, history),
+        sampling=sampling_of(claim.request, host.spec),
+        deadline_seconds=claim.seconds_left,
+        priority=claim.priority,
+        cache_salt=claim.tenant_id,
+    )
+
+
+def _prompt_token_ids(host: Host, request: JobRequest, history: list[dict[str, str]]) -> tuple[int, ...]:
+    messages = None if request.messages is None else [*history, *(m.model_dump() for m in request.messages)]
+    try:
+        return tuple(encode_prompt(host.format, messages, request.prompt))
+    except PromptError as error:
+        raise RequestInvalid(error.field, error.message) from None
+
+
+def sampling_of(request: JobRequest, spec: ModelSpec) -> SamplingParams:
+    """The engine's sampling parameters for a request."""
+    return SamplingParams(
+        max_tokens=request.max_tokens or spec.default_max_tokens,
+        temperature=spec.default_temperature if request.temperature is None else request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=tuple(sorted(request.logit_bias.items())),
+        seed=request.seed,
+        stop=request.stop,
+        n=request.n,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def _refused(held: Held, error: HeadraceError) -> Ended:
+    code = error.code if isinstance(error, RequestInvalid) else "store_unavailable"
+    return Ended(held.request_id, "failed", error=Failure(code, str(error), not isinstance(error, RequestInvalid)))
+
+
+# == finish ======================================================================================================
+
+
+def _ended(host: Host, held: Held, watcher: Watcher, tokenize_seconds: float, event: Event) -> None:
+    """On the engine's last word: queue the settlement. Must not block, for it runs in the engine's reader thread."""
+    if not isinstance(event, Ended):
+        return
+    watcher.left_engine()
+    settlement = settlement_of(host, held, event, tokenize_seconds)
+    if held.stop == "fence":
+        host.hands.drop([settlement.token])
+        watcher.finished(Finished(settlement, counted=False))
+        return
+    committed = host.committer.settle(settlement)
+    committed.add_done_callback(lambda done: watcher.finished(_outcome(settlement, done)))
+
+
+def _outcome(settlement: Settlement, done: Future[bool]) -> Finished:
+    return Finished(settlement, counted=done.exception() is None and done.result())
+
+
+def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float) -> Settlement:
+    """What the engine's last word means for the job: its end, or another try."""
+    claim = held.claim
+    outcome, error, delay = _verdict(host, held, ended)
+    price = host.spec.price(_billed(ended, outcome), ended.timings.busy_seconds)
+    return Settlement(
+        id=claim.id,
+        token=claim.token,
+        outcome=outcome,
+        choices=tuple(Choice(index=c.index, text=c.text, finish_reason=c.finish_reason) for c in ended.choices),
+        error=error,
+        usage=_usage(ended),
+        timings=_timings(claim, ended, tokenize_seconds),
+        served_by=host.served_by,
+        token_dollars=price.token_dollars,
+        machine_dollars=price.machine_dollars,
+        retry_after_seconds=delay,
+    )
+
+
+def _verdict(host: Host, held: Held, ended: Ended) -> tuple[AttemptOutcome, JobError | None, float | None]:
+    if ended.outcome == "released" or (ended.outcome == "cancelled" and held.stop != "cancel"):
+        return AttemptOutcome.RELEASED, JobError(code="released", message="its worker stopped"), 0.0
+    if ended.outcome == "expired":
+        return AttemptOutcome.EXPIRED, JobError(code="deadline_exceeded", message="its deadline passed"), None
+    if ended.outcome != "failed":
+        return AttemptOutcome(ended.outcome), None, None
+    failure = ended.error or Failure("engine_error", "the engine gave no reason", retryable=True)
+    error = JobError(code=failure.code, message=failure.message)
+    if held.stop == "cancel":
+        return AttemptOutcome.CANCELLED, error, None
+    if failure.retryable and held.claim.attempt < held.claim.max_attempts:
+        return AttemptOutcome.RETRIED, error, retry_delay_seconds(held.claim.attempt, host.settings.retry_max_seconds)
+    return AttemptOutcome.FAILED, error, None
+
+
+def retry_delay_seconds(attempt: int, longest: float) -> float:
+    """Anything up to a ceiling of 1, 2, 4, ... seconds: what failed together does not return together."""
+    return random.uniform(0.0, min(longest, 2.0 ** (attempt - 1)))  # noqa: S311 - no secret
+
+
+def _billed(ended: Ended, outcome: AttemptOutcome) -> EngineUsage:
+    """Tokens are charged when they reach the owner: not for failures and not for what runs again."""
+    kept = outcome in {AttemptOutcome.SUCCEEDED, AttemptOutcome.CANCELLED, AttemptOutcome.EXPIRED}
+    return ended.usage if kept else EngineUsage()
+
+
+def _usage(ended: Ended) -> Usage:
+    usage = ended.usage
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+def _timings(claim: Claim, ended: Ended, tokenize_seconds: float) -> Timings:
+    timings = ended.timings
+    first = timings.time_to_first_token_seconds
+    return Timings(
+        queue_seconds=claim.queue_seconds + timings.queue_seconds,
+        tokenize_seconds=tokenize_seconds,
+        prefill_seconds=timings.prefill_seconds,
+        decode_seconds=timings.decode_seconds,
+        detokenize_seconds=timings.detokenize_seconds,
+        time_to_first_token_seconds=None if first is None else claim.queue_seconds + tokenize_seconds + first,
+        busy_seconds=timings.busy_seconds,
+    )
