@@ -1,0 +1,215 @@
+"""What is the same in every engine: intake, order, deadlines, cancelling, the split of time, the events.
+
+An engine adds the forward pass (`_forward`) and says how many rows may join the next step (`_room`).
+"""
+
+import heapq
+import itertools
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+
+from models.catalog import ModelSpec
+from models.protocol import (
+    Delta,
+    DuplicateRequest,
+    Ended,
+    Event,
+    Failure,
+    GenerationRequest,
+    Health,
+    Outcome,
+    Started,
+    check_request,
+)
+from models.rows import Advance, Flight, Row
+
+log = logging.getLogger(__name__)
+
+
+class BaseEngine(ABC):
+    """Implements `models.protocol.Engine` around a forward pass."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: str,
+        vocab_tokens: int,
+        context_tokens: int,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._vocab_tokens = vocab_tokens
+        self._context_tokens = context_tokens
+        self._decode = decode
+        self._flights: dict[str, Flight] = {}  # every request that has not ended
+        self._waiting: list[tuple[int, int, Row]] = []  # heap of (priority, arrival, row)
+        self._running: list[Row] = []  # replaced, never changed: `health` reads it from another thread
+        self._deadlines: list[tuple[float, int, Flight]] = []  # heap; may hold flights that have ended
+        self._cancelled: list[Flight] = []  # since the last step
+        self._arrivals = itertools.count()
+        self._steps = 0
+        self._busy_seconds = 0.0
+        self._step_began: float | None = None
+        self._started_at = time.time()
+
+    @abstractmethod
+    def _room(self) -> int:
+        """How many waiting rows may join the next step."""
+
+    @abstractmethod
+    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
+        """One pass over the running rows; one `Advance` for each. May raise: then all of them fail."""
+
+    def _recover(self) -> None:  # noqa: B027  an engine without state has nothing to do
+        """After a failed pass: drop what it left behind. Raises if no pass can ever succeed again."""
+
+    def _failure(self, error: Exception) -> Failure:
+        return Failure("engine_error", f"{type(error).__name__}: {error}", retryable=True)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """See `Engine`."""
+        check_request(request, vocab_tokens=self._vocab_tokens, context_tokens=self._context_tokens)
+        if request.id in self._flights:
+            raise DuplicateRequest(request.id)
+        flight = Flight(request, time.monotonic(), self._decode)
+        self._flights[request.id] = flight
+        for row in flight.rows:
+            heapq.heappush(self._waiting, (request.priority, next(self._arrivals), row))
+        if request.deadline_seconds is not None:
+            heapq.heappush(self._deadlines, (flight.deadline_at, next(self._arrivals), flight))
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine`."""
+        if flight := self._flights.get(request_id):
+            self._cancelled.append(flight)
+
+    def has_work(self) -> bool:
+        """See `Engine`."""
+        return bool(self._flights)
+
+    def step(self) -> list[Event]:
+        """See `Engine`."""
+        self._step_began = began = time.monotonic()
+        try:
+            events = self._end_stopped(began)
+            self._admit()
+            if self._running:
+                events += self._run(began)
+            return events
+        finally:
+            self._step_began = None
+
+    def drain(self) -> list[Event]:
+        """See `Engine`."""
+        untouched = [flight for flight in self._flights.values() if flight.started_at is None]
+        return self._end((flight, "released") for flight in untouched)
+
+    def health(self) -> Health:
+        """See `Engine`."""
+        began = self._step_began
+        return Health(
+            model=self._spec.name,
+            engine=self._spec.engine,
+            quantization=self._spec.quantization,
+            device=self._device,
+            slots=self._spec.slots,
+            context_tokens=self._context_tokens,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            steps=self._steps,
+            busy_seconds=self._busy_seconds,
+            step_seconds=None if began is None else time.monotonic() - began,
+            started_at=self._started_at,
+            pid=os.getpid(),
+        )
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._flights, self._waiting, self._running, self._deadlines = {}, [], [], []
+        self._recover()
+
+    def _end_stopped(self, now: float) -> list[Event]:
+        """End what was cancelled, and what is past its deadline."""
+        stopped: dict[Flight, Outcome] = {}
+        while self._deadlines and self._deadlines[0][0] <= now:
+            stopped[heapq.heappop(self._deadlines)[-1]] = "expired"
+        stopped |= dict.fromkeys(self._cancelled, "cancelled")
+        self._cancelled = []
+        return self._end((flight, outcome) for flight, outcome in stopped.items() if self._is_open(flight))
+
+    def _is_open(self, flight: Flight) -> bool:
+        return self._flights.get(flight.request.id) is flight
+
+    def _admit(self) -> None:
+        """Move rows from waiting to running, by priority, then by arrival."""
+        room = min(self._room(), len(self._waiting))
+        if room > 0:
+            self._running = [*self._running, *(heapq.heappop(self._waiting)[-1] for _ in range(room))]
+
+    def _run(self, began: float) -> list[Event]:
+        """The pass itself: advance every running row, split the time, end what is over."""
+        rows = self._running
+        events = self._start(rows, began)
+        advances, deltas = self._advance(rows)
+        self._split(time.monotonic() - began, advances)
+        for advance in advances:
+            advance.row.flight.failure = advance.row.flight.failure or advance.failure
+        over = dict.fromkeys(row.flight for row in rows if row.flight.is_over)
+        ended = self._end((flight, "failed" if flight.failure else "succeeded") for flight in over)
+        self._running = [row for row in self._running if row.finish_reason is None]
+        return [*events, *deltas, *ended]
+
+    def _advance(self, rows: Sequence[Row]) -> tuple[list[Advance], list[Delta]]:
+        """The forward pass and its text; if it fails, all its rows do, and the engine lives on."""
+        try:
+            advances = self._forward(rows)
+            return advances, [delta for advance in advances for delta in self._apply(advance)]
+        except Exception as error:
+            log.exception("a step over %d rows failed", len(rows))
+            failure = self._failure(error)
+        self._recover()  # not in the handler: there the error's frames still hold the step's tensors
+        return [Advance(row, 1, failure=failure) for row in rows], []
+
+    def _start(self, rows: Sequence[Row], now: float) -> list[Event]:
+        fresh = dict.fromkeys(row.flight for row in rows if row.flight.started_at is None)
+        for flight in fresh:
+            flight.started_at = now
+        return [Started(flight.request.id) for flight in fresh]
+
+    def _apply(self, advance: Advance) -> list[Delta]:
+        """Give the row its tokens and turn them into text."""
+        row, flight = advance.row, advance.row.flight
+        if not advance.token_ids:
+            return []
+        began = time.monotonic()
+        flight.first_token_at = flight.first_token_at or began
+        text = row.take(advance)
+        flight.detokenize_seconds += time.monotonic() - began
+        return [row.delta(text)] if text and flight.request.stream else []
+
+    def _split(self, step_seconds: float, advances: Sequence[Advance]) -> None:
+        """Each request pays for its part of the tokens; all parts make up the step."""
+        per_token = step_seconds / max(1, sum(advance.processed_tokens for advance in advances))
+        for advance in advances:
+            advance.row.flight.busy_seconds += per_token * advance.processed_tokens
+        self._busy_seconds += step_seconds
+        self._steps += 1
+
+    def _end(self, ends: Iterable[tuple[Flight, Outcome]]) -> list[Event]:
+        """Close these flights and forget their rows."""
+        now = time.monotonic()
+        ended: list[Event] = [self._close_flight(flight, outcome, now) for flight, outcome in ends]
+        if ended:
+            self._waiting = [entry for entry in self._waiting if entry[-1].finish_reason is None]
+            heapq.heapify(self._waiting)
+            self._running = [row for row in self._running if row.finish_reason is None]
+        return ended
+
+    def _close_flight(self, flight: Flight, outcome: Outcome, now: float) -> Ended:
+        del self._flights[flight.request.id]
+        return flight.end(outcome, now)

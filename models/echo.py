@@ -1,0 +1,46 @@
+"""The echo engine: answers with the prompt. For load and fault tests, of this code and of its users'.
+
+A token is a byte. A step gives every running row one token and takes `seconds_per_token`; with 0 it gives each row its
+whole answer, so that the queue around it is what is measured.
+"""
+
+import time
+from collections.abc import Sequence
+
+from models.base import BaseEngine
+from models.catalog import ModelSpec
+from models.prompt import load_prompt_format
+from models.rows import Advance, Row
+
+
+class EchoEngine(BaseEngine):
+    """Continuous batching over `slots` rows, without a model."""
+
+    def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
+        prompt_format = load_prompt_format(spec)
+        super().__init__(
+            spec,
+            device=device,
+            vocab_tokens=prompt_format.vocab_tokens,
+            context_tokens=prompt_format.context_tokens,
+            decode=prompt_format.decode,
+        )
+
+    def _room(self) -> int:
+        return self._spec.slots - len(self._running)
+
+    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
+        if self._spec.seconds_per_token:
+            time.sleep(self._spec.seconds_per_token)
+            return [_echo(row, 1) for row in rows]
+        return [_echo(row, row.flight.request.sampling.max_tokens) for row in rows]
+
+
+def _echo(row: Row, tokens: int) -> Advance:
+    """The next tokens of the answer; told to ignore its end, it says the prompt again and again."""
+    prompt, sampling = row.flight.request.prompt_token_ids, row.flight.request.sampling
+    answer = prompt * (sampling.max_tokens // len(prompt) + 1) if sampling.ignore_eos else prompt
+    done = len(row.token_ids)
+    token_ids = answer[done : done + tokens]
+    prefilled = 0 if done else len(prompt)
+    return Advance(row, prefilled + len(token_ids), token_ids, ended=done + len(token_ids) == len(answer))

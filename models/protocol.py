@@ -1,0 +1,314 @@
+"""The words an engine speaks: requests in, events out, one protocol for every engine.
+
+Standard library only, so that a producer, a worker and an engine can all hold these values. They are frozen: whoever
+has one may pass it to another thread. `models.wire` carries them between processes.
+
+    EngineError
+    ├── InvalidRequest       refused at intake, never retried
+    │   └── DuplicateRequest an open request has this id
+    └── ModelLoadError       the model cannot be served as asked
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+Outcome: TypeAlias = Literal["succeeded", "cancelled", "expired", "failed", "released"]
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1_000
+MAX_LOGIT_BIASES = 1_024
+
+
+class EngineError(Exception):
+    """Anything an engine, or the way to it, reports by raising."""
+
+
+class InvalidRequest(EngineError):
+    """The request breaks the contract; `field` is the name a caller knows it by. It was not taken in."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class DuplicateRequest(InvalidRequest):
+    """A request with this id has not ended yet."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("id", f"{request_id!r} is already in the engine")
+
+
+class ModelLoadError(EngineError):
+    """The model cannot be loaded or run as its spec asks; the message names the model and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when a choice ends. Ranges are checked by `check_request`, not here."""
+
+    max_tokens: int  # of each choice, at least 1
+    temperature: float = 1.0  # 0 (greedy) to 2
+    top_p: float = 1.0  # above 0, at most 1 (off)
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # 0 (off) to 1, relative to the likeliest token
+    presence_penalty: float = 0.0  # -2 to 2, on generated tokens
+    frequency_penalty: float = 0.0  # -2 to 2, on generated tokens, times their count
+    repetition_penalty: float = 1.0  # above 0, at most 10; divides (multiplies) logits of tokens seen, prompt included
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100 to 100)
+    seed: int | None = None  # signed 64 bits; None draws from the system
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    n: int = 1  # choices, each with random numbers of its own
+    ignore_eos: bool = False  # go on to max_tokens (measurements)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and how to continue it."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_seconds: float | None = None  # from intake; then the request ends as "expired" with what it has
+    stream: bool = False  # whether Delta events are wanted
+    priority: int = 5  # 0 goes first, 9 last
+    cache_salt: str = "local"  # only requests with the same salt may share cached keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One continuation. `text` holds whole characters only; `token_ids` includes the EOS token that ended it."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; `cached_tokens` is the part of the prompt that was not computed again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0  # over all choices
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time in the engine went, in seconds. Queue, prefill and decode follow one another."""
+
+    queue_seconds: float = 0.0  # intake to first step
+    prefill_seconds: float = 0.0  # first step to first token
+    decode_seconds: float = 0.0  # first token to the end
+    detokenize_seconds: float = 0.0  # part of the two above
+    time_to_first_token_seconds: float | None = None  # from intake; None if none came
+    busy_seconds: float = 0.0  # this request's share of the engine's time
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request failed.
+
+    Codes: out_of_memory, engine_error, nan_logits, engine_lost (all may pass on another try), invalid_request (never).
+    """
+
+    code: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A step has worked on the request for the first time. Comes before its deltas; never if no step touched it."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one choice, in order, and the tokens since the last; only for requests with `stream`.
+
+    The texts join to the choice's text.
+    """
+
+    id: str
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last event of a request, exactly one for each that was submitted.
+
+    Cancelled, expired and failed ones carry what they had: choices so far, tokens and time to be billed.
+    "released" means that no step touched it: whoever asked may hand it to another engine at no cost.
+    """
+
+    id: str
+    outcome: Outcome
+    choices: tuple[Choice, ...] = ()
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    error: Failure | None = None  # present if and only if outcome is "failed"
+
+
+Event: TypeAlias = Started | Delta | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What an engine is and does at this moment. `running` and `waiting` count rows (a request has n)."""
+
+    model: str
+    engine: str
+    quantization: str
+    device: str
+    slots: int
+    context_tokens: int
+    running: int
+    waiting: int
+    steps: int
+    busy_seconds: float  # all steps together; the shares of all requests add up to it
+    step_seconds: float | None  # age of the step in progress, None between steps
+    started_at: float  # seconds since the epoch
+    pid: int
+
+
+class Engine(Protocol):
+    """A model that can be asked. One thread owns it; only `health` may be called from others.
+
+    The owner's loop: submit what arrived, `step` while `has_work`, pass the events on.
+    """
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take the request in, or raise `InvalidRequest`. Touches no device and returns at once."""
+
+    def cancel(self, request_id: str) -> None:
+        """End the request in the next step with what it has; an unknown id is ignored."""
+
+    def step(self) -> list[Event]:
+        """One forward pass over the rows that run; returns [] when idle.
+
+        A fault ends requests. It raises only if the device is beyond repair: then the process must end.
+        """
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def drain(self) -> list[Event]:
+        """End at once, as "released", every request that no step has touched; the others go on."""
+
+    def health(self) -> Health:
+        """Never blocks, even while a step hangs in another thread."""
+
+    def close(self) -> None:
+        """Free the device. Open requests end without an event."""
+
+
+def check_request(request: GenerationRequest, *, vocab_tokens: int, context_tokens: int) -> None:
+    """Raise `InvalidRequest` unless an engine with this vocabulary and context can serve the request.
+
+    Types are checked too: what comes over a socket has only been parsed.
+    """
+    _require(_is_text(request.id, at_most=256), "id", "must be text of 1 to 256 characters")
+    _check_prompt(request.prompt_token_ids, vocab_tokens)
+    _check_sampling(request.sampling, vocab_tokens)
+    _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, context_tokens)
+    deadline = request.deadline_seconds
+    _require(
+        deadline is None or _is_number(deadline, above=0.0), "deadline_seconds", f"must be above 0, not {deadline!r}"
+    )
+    _require(_is_integer(request.priority, 0, 9), "priority", f"must be 0 to 9, not {request.priority!r}")
+    _require(isinstance(request.cache_salt, str), "cache_salt", "must be text")
+
+
+def _check_prompt(token_ids: Sequence[int], vocab_tokens: int) -> None:
+    _require(len(token_ids) > 0, "prompt", "must hold at least one token")
+    if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_tokens:
+        return  # the common case, without a Python loop
+    stray = next(token for token in token_ids if not _is_integer(token, 0, vocab_tokens - 1))
+    raise InvalidRequest("prompt", f"token id {stray!r} is not in the vocabulary of {vocab_tokens}")
+
+
+def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
+    _require(_is_integer(sampling.max_tokens, 1), "max_tokens", f"must be at least 1, not {sampling.max_tokens!r}")
+    _check_range("temperature", sampling.temperature, 0.0, 2.0)
+    _require(
+        _is_number(sampling.top_p, above=0.0, at_most=1.0),
+        "top_p",
+        f"must be above 0 and at most 1, not {sampling.top_p!r}",
+    )
+    _require(_is_integer(sampling.top_k, 0), "top_k", f"must be 0 (off) or more, not {sampling.top_k!r}")
+    _check_range("min_p", sampling.min_p, 0.0, 1.0)
+    _check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
+    _check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
+    _require(
+        _is_number(sampling.repetition_penalty, above=0.0, at_most=10.0),
+        "repetition_penalty",
+        f"must be above 0 and at most 10, not {sampling.repetition_penalty!r}",
+    )
+    seed = sampling.seed
+    _require(seed is None or _is_integer(seed, -(2**63), 2**63 - 1), "seed", f"must fit 64 bits, not {seed!r}")
+    _require(_is_integer(sampling.n, 1, MAX_CHOICES), "n", f"must be 1 to {MAX_CHOICES}, not {sampling.n!r}")
+    _check_stop(sampling.stop)
+    _check_logit_bias(sampling.logit_bias, vocab_tokens)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    _require(len(stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+    fits = all(_is_text(text, at_most=MAX_STOP_CHARACTERS) for text in stop)
+    _require(fits, "stop", f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _check_logit_bias(biases: Sequence[tuple[int, float]], vocab_tokens: int) -> None:
+    _require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"at most {MAX_LOGIT_BIASES} tokens, not {len(biases)}")
+    for token, bias in biases:
+        known = _is_integer(token, 0, vocab_tokens - 1)
+        _require(known, "logit_bias", f"token id {token!r} is not in the vocabulary of {vocab_tokens}")
+        _check_range("logit_bias", bias, -100.0, 100.0)
+
+
+def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
+    if prompt_tokens >= context_tokens:
+        raise InvalidRequest("prompt", f"has {prompt_tokens} tokens, the context holds {context_tokens}")
+    if prompt_tokens + max_tokens > context_tokens:
+        room = context_tokens - prompt_tokens
+        raise InvalidRequest(
+            "max_tokens",
+            f"{max_tokens} after a prompt of {prompt_tokens} is above the context of {context_tokens}; at most {room}",
+        )
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    inside = _is_number(value, at_least=low, at_most=high)
+    _require(inside, field, f"must be {low:g} to {high:g}, not {value!r}")
+
+
+def _require(condition: bool, field: str, message: str) -> None:  # noqa: FBT001  reads as a sentence
+    if not condition:
+        raise InvalidRequest(field, message)
+
+
+def _is_integer(value: object, low: int, high: int | None = None) -> bool:
+    """Whether it is an integer in the closed interval; True and False are not."""
+    return type(value) is int and value >= low and (high is None or value <= high)
+
+
+def _is_number(
+    value: object, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
+) -> bool:
+    """Whether it is a finite number in the interval."""
+    if type(value) not in {int, float}:
+        return False
+    number = float(value)  # type: ignore[arg-type]
+    return math.isfinite(number) and number > above and at_least <= number <= at_most
+
+
+def _is_text(value: object, at_most: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= at_most

@@ -1,0 +1,115 @@
+"""A request inside an engine, and the rows it is computed in: one for each choice. Plain Python, no tensors."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from models.protocol import (
+    Choice,
+    Delta,
+    Ended,
+    Failure,
+    FinishReason,
+    GenerationRequest,
+    Outcome,
+    Timings,
+    Usage,
+)
+from models.text import TextStream
+
+_UNFINISHED: dict[Outcome, FinishReason] = {"cancelled": "cancelled", "expired": "deadline", "failed": "error"}
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One choice of a request, as a row of the engine's batch."""
+
+    flight: "Flight"
+    index: int
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None  # None while it runs or waits
+    told_tokens: int = 0  # those that a Delta has carried
+
+    def take(self, advance: "Advance") -> str:
+        """Add a step's tokens; returns the text they settle. May finish the row."""
+        self.token_ids.extend(advance.token_ids)
+        text = "" if advance.silent else self.stream.push(advance.token_ids)
+        if advance.ended or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.flight.request.sampling.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            text += self.stream.finish(cut=self.finish_reason == "length")
+            self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
+        return text
+
+    def delta(self, text: str) -> Delta:
+        """The event for this text, with the tokens since the last one."""
+        token_ids = tuple(self.token_ids[self.told_tokens :])
+        self.told_tokens = len(self.token_ids)
+        return Delta(self.flight.request.id, self.index, text, token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What one step did for one row."""
+
+    row: Row
+    processed_tokens: int  # that went through the model: the row's share of the step's time is in proportion
+    token_ids: Sequence[int] = ()  # new ones
+    ended: bool = False  # the model has no more to say
+    silent: bool = False  # the new tokens are not text (EOS)
+    failure: Failure | None = None  # the row, and with it its request, cannot go on
+
+
+class Flight:
+    """One request from intake to its end. The engine's thread owns it; times are of the monotonic clock."""
+
+    def __init__(self, request: GenerationRequest, now: float, decode: Callable[[Sequence[int]], str]) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.rows = [Row(self, index, TextStream(decode, sampling.stop)) for index in range(sampling.n)]
+        self.submitted_at = now
+        self.deadline_at = math.inf if request.deadline_seconds is None else now + request.deadline_seconds
+        self.started_at: float | None = None  # set when a row joins its first step
+        self.first_token_at: float | None = None
+        self.cached_tokens = 0
+        self.busy_seconds = 0.0
+        self.detokenize_seconds = 0.0
+        self.failure: Failure | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to compute for it."""
+        return self.failure is not None or all(row.finish_reason for row in self.rows)
+
+    def end(self, outcome: Outcome, now: float) -> Ended:
+        """Close it, with what it has. Rows still at work are finished by this."""
+        for row in self.rows:
+            row.finish_reason = row.finish_reason or _UNFINISHED.get(outcome, "cancelled")
+        if self.started_at is None:
+            return Ended(self.request.id, outcome, timings=self._timings(now), error=self.failure)
+        return Ended(self.request.id, outcome, self._choices(), self._usage(), self._timings(now), self.failure)
+
+    def _choices(self) -> tuple[Choice, ...]:
+        return tuple(
+            Choice(row.index, row.stream.text, tuple(row.token_ids), row.finish_reason or "error") for row in self.rows
+        )
+
+    def _usage(self) -> Usage:
+        generated = sum(len(row.token_ids) for row in self.rows)
+        return Usage(len(self.request.prompt_token_ids), self.cached_tokens, generated)
+
+    def _timings(self, now: float) -> Timings:
+        """Queue, prefill and decode meet end to end: each begins where the one before ends."""
+        started = now if self.started_at is None else self.started_at
+        first_token = now if self.first_token_at is None else self.first_token_at
+        return Timings(
+            queue_seconds=started - self.submitted_at,
+            prefill_seconds=first_token - started,
+            decode_seconds=now - first_token,
+            detokenize_seconds=self.detokenize_seconds,
+            time_to_first_token_seconds=None if self.first_token_at is None else first_token - self.submitted_at,
+            busy_seconds=self.busy_seconds,
+        )
