@@ -1,0 +1,1 @@
+"""What tests share: waiting by condition, homes that clean up after themselves, databases of their own."""
