@@ -1,0 +1,1 @@
+"""Measurements. Each compares both sides in one run and writes `benchmarks/results/NAME.json`."""
