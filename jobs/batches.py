@@ -9,17 +9,18 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from jobs.database import Database
 from jobs.errors import NotFound
 from jobs.ids import line_id
 from jobs.schema import Job, JobError, JobRequest
 from jobs.states import BatchState, State
-from jobs.store import SELECT_JOB, job_of
+from jobs.store import END_WAITING_ROWS, SELECT_JOB, STOP_RUNNING_ROWS, job_of
 from jobs.tables import LOCAL_TENANT
 
-READ_ROWS = 500
+READ_LINES = 500
+CANCEL_ROWS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Line:
     custom_id: str
     request: JobRequest
     max_attempts: int
+    endpoint: str | None = None  # the route it was written for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Rejection:
     """One line that is not; it becomes no job."""
 
     number: int
-    custom_id: str | None
+    custom_id: str | None  # None: what the line calls itself belongs to another
     error: JobError
     field: str
 
@@ -118,10 +120,10 @@ class Batches:
         return Batch(**(dict(row._mapping) | {"state": BatchState(row.state)}))  # noqa: SLF001
 
     def known(self, batch_id: UUID, custom_ids: Sequence[str]) -> set[str]:
-        """Which of these were taken in by an earlier chunk of the batch."""
-        by_id = {line_id(batch_id, custom_id): custom_id for custom_id in custom_ids}
-        found = self.database.run(lambda c: c.execute(_KNOWN, {"ids": list(by_id)}).scalars().all(), single=True)
-        return {by_id[job_id] for job_id in found}
+        """Which of these belong to lines, good or bad, of an earlier chunk of the batch."""
+        jobs = [line_id(batch_id, custom_id) for custom_id in custom_ids]
+        fields = {"id": batch_id, "jobs": jobs, "custom_ids": list(custom_ids)}
+        return set(self.database.run(lambda c: c.execute(_KNOWN, fields).scalars().all(), single=True))
 
     def take_in(
         self,
@@ -164,8 +166,12 @@ class Batches:
         self._set(batch_id, BatchState.FINISHED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
 
     def cancel(self, batch_id: UUID) -> None:
-        """Nothing more of it is started."""
+        """Rows that wait end at once, running ones are stopped by their workers. May be repeated."""
         self._set(batch_id, BatchState.CANCELLED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
+        self.database.run(lambda c: c.execute(STOP_RUNNING_ROWS, {"id": batch_id}), single=True)
+        some = {"id": batch_id, "limit": CANCEL_ROWS}
+        while self.database.run(lambda c: c.execute(END_WAITING_ROWS, some).first()) is not None:
+            pass
 
     def _set(self, batch_id: UUID, state: BatchState, allowed: Sequence[BatchState]) -> None:
         fields = {"id": batch_id, "state": str(state), "allowed": [str(one) for one in allowed]}
@@ -188,25 +194,36 @@ class Batches:
         row = self.database.run(lambda c: c.execute(_SUMMARY, {"id": batch_id}).one(), single=True)
         return Summary(**row._mapping)  # noqa: SLF001
 
-    def outputs(self, batch_id: UUID) -> Iterator[Job]:
-        """Every ended job of the batch in the order of its input, streamed in constant memory.
+    def samples(self, batch_id: UUID, count: int) -> list[tuple[JobRequest, str]]:
+        """The first requests of the input that succeeded, each with its first answer."""
+        fields = {"id": batch_id, "limit": count}
+        rows = self.database.run(lambda c: c.execute(_SAMPLES, fields).all(), single=True)
+        return [(JobRequest.model_validate(row.request), row.choices[0]["text"]) for row in rows]
 
-        Raises StoreUnavailable if Postgres goes away meanwhile; begin again then.
-        """
-        for row in self._stream(_OUTPUTS, batch_id):
-            yield job_of(row)
+    def outputs(self, batch_id: UUID) -> Iterator[Job]:
+        """Every ended job of the batch in the order of its input, in constant memory."""
+        return map(job_of, self._by_lines(_OUTPUTS, batch_id))
 
     def rejected(self, batch_id: UUID) -> Iterator[Rejection]:
-        """The lines that became no job, in order."""
-        for row in self._stream(_REJECTED, batch_id):
+        """The lines that became no job, in order, in constant memory."""
+        for row in self._by_lines(_REJECTED, batch_id):
             error = dict(row.error)
             yield Rejection(
                 row.line, row.custom_id, JobError(code=error["code"], message=error["message"]), error["field"]
             )
 
-    def _stream(self, statement: Any, batch_id: UUID) -> Iterator[Any]:
-        with self.database.stream(statement, {"id": batch_id}, READ_ROWS) as rows:
-            yield from rows
+    def _by_lines(self, statement: Any, batch_id: UUID) -> Iterator[Row[Any]]:
+        """Some lines at a time: an index finds them however long the batch is and whatever the planner knows of it.
+
+        A cursor over a million rows sorted them first, in one statement that a timeout ends; nor could it go on
+        after a fault.
+        """
+        lines = self.database.run(lambda c: c.execute(_LINES, {"id": batch_id}).scalar_one(), single=True)
+        for after in range(0, lines, READ_LINES):
+            yield from self._page(statement, {"id": batch_id, "after": after, "last": after + READ_LINES})
+
+    def _page(self, statement: Any, fields: dict[str, Any]) -> Sequence[Row[Any]]:
+        return self.database.run(lambda c: c.execute(statement, fields).all(), single=True)
 
 
 def _job_row(batch: Batch, line: Line) -> tuple[Any, ...]:
@@ -234,7 +251,15 @@ def _deadlines(batch: Batch, lines: Sequence[Line]) -> dict[str, list[Any]]:
 
 def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
     request = line.request
-    return (line_id(batch.id, line.custom_id), batch.tenant_id, line.custom_id, request.payload(), request.digest())
+    return (
+        line_id(batch.id, line.custom_id),
+        batch.tenant_id,
+        line.custom_id,
+        line.endpoint,
+        request.payload(),
+        request.metadata_payload(),
+        request.digest(),
+    )
 
 
 def _rejection_row(batch: Batch, rejection: Rejection) -> tuple[Any, ...]:
@@ -261,7 +286,9 @@ UPDATE jobs SET deadline_at = now() + make_interval(secs => d.seconds)
 FROM unnest(CAST(:ids AS uuid[]), CAST(:seconds AS double precision[])) AS d (id, seconds) WHERE jobs.id = d.id
 """)
 
-_COPY_PAYLOADS = "COPY payloads (job_id, tenant_id, custom_id, request, digest) FROM STDIN"
+_COPY_PAYLOADS = """
+COPY payloads (job_id, tenant_id, custom_id, endpoint, request, metadata, digest) FROM STDIN
+"""
 
 _COPY_REJECTIONS = "COPY rejections (batch_id, line, tenant_id, custom_id, error) FROM STDIN"
 
@@ -278,7 +305,10 @@ SELECT id, tenant_id, state, source, input_offset, input_lines, created_at, fini
 WHERE id = :id AND tenant_id = :tenant
 """)
 
-_KNOWN = text("SELECT id FROM jobs WHERE id = ANY(:ids)")
+_KNOWN = text("""
+SELECT custom_id FROM payloads WHERE job_id = ANY(:jobs)
+UNION ALL SELECT custom_id FROM rejections WHERE batch_id = :id AND custom_id = ANY(:custom_ids)
+""")
 
 _ADVANCE = text("""
 UPDATE batches SET input_offset = :end, input_lines = :last_line
@@ -317,6 +347,18 @@ FROM jobs j LEFT JOIN ledger l ON l.job_id = j.id
 WHERE j.batch_id = :id
 """)
 
-_OUTPUTS = text(f"{SELECT_JOB} WHERE j.batch_id = :id AND j.finished_at IS NOT NULL ORDER BY j.line")
+_SAMPLES = text("""
+SELECT p.request, r.choices
+FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
+WHERE j.batch_id = :id AND j.state = 'succeeded' ORDER BY j.line LIMIT :limit
+""")
 
-_REJECTED = text("SELECT line, custom_id, error FROM rejections WHERE batch_id = :id ORDER BY line")
+_LINES = text("SELECT input_lines FROM batches WHERE id = :id")
+
+_OUTPUTS = text(f"""{SELECT_JOB}
+WHERE j.batch_id = :id AND j.line > :after AND j.line <= :last AND j.finished_at IS NOT NULL ORDER BY j.line
+""")
+
+_REJECTED = text("""
+SELECT line, custom_id, error FROM rejections WHERE batch_id = :id AND line > :after AND line <= :last ORDER BY line
+""")

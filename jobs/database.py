@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import orjson
+import psycopg
 from sqlalchemy import Connection, Engine, Executable, Row, create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -16,7 +17,14 @@ from jobs.errors import StoreUnavailable
 
 T = TypeVar("T")
 
-TRANSIENT = (OperationalError, InterfaceError, PoolTimeoutError)
+# A COPY goes past SQLAlchemy, and so do its errors.
+TRANSIENT = (
+    OperationalError,
+    InterfaceError,
+    PoolTimeoutError,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+)
 
 _CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 3,

@@ -8,7 +8,18 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from jobs.errors import RequestInvalid
 from jobs.states import Lane, State
@@ -33,6 +44,19 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
 
+def _kind_of_prompt(prompt: object) -> str:
+    return "text" if isinstance(prompt, str | bytes) else "tokens"
+
+
+# Told apart before they are checked, so that a fault is that of what was given.
+Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("tokens")], Discriminator(_kind_of_prompt)]
+
+
+def _storable(message: object) -> object:
+    # A message may quote anything an exception holds; Postgres takes neither NUL nor half a surrogate pair.
+    return message.encode(errors="replace").decode().replace("\0", "\ufffd") if isinstance(message, str) else message
+
+
 class Frozen(BaseModel):
     """Immutable, and refuses what it does not know."""
 
@@ -43,7 +67,8 @@ class Message(Frozen):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    # With a constraint, even this one, pydantic refuses lone surrogates; a bare str lets them through.
+    content: Annotated[str, StringConstraints(min_length=0)]
 
 
 class JobRequest(Frozen):
@@ -54,7 +79,7 @@ class JobRequest(Frozen):
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=255)]
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
-    prompt: Text | TokenIds | None = None
+    prompt: Prompt | None = None
 
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -107,6 +132,10 @@ class JobRequest(Frozen):
         """The request as stored: JSON text, byte for byte what was asked, without what is at its default."""
         return self.model_dump_json(exclude_defaults=True)
 
+    def metadata_payload(self) -> str | None:
+        """The metadata as stored beside the payload: JSON text, None if there are none."""
+        return orjson.dumps(self.metadata).decode() if self.metadata else None
+
     def digest(self) -> bytes:
         """Tells two requests apart: SHA-256 of the payload without its idempotency key."""
         body = self.model_dump_json(exclude_defaults=True, exclude={"idempotency_key"})
@@ -146,7 +175,7 @@ class JobError(Frozen):
     """Why a job did not succeed."""
 
     code: str
-    message: str
+    message: Annotated[str, BeforeValidator(_storable)]
 
 
 class Cost(Frozen):
@@ -176,7 +205,11 @@ class Job(Frozen):
     conversation: str | None = None
     turn: int | None = None
     batch_id: UUID | None = None
+    line: int | None = None
+    """Of the batch's input, from 1."""
     custom_id: str | None = None
+    endpoint: str | None = None
+    """The route the request was written for, such as `/v1/chat/completions`; None: for none."""
     metadata: dict[str, str] = Field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None
@@ -199,24 +232,26 @@ class Job(Frozen):
 def request_fault(error: ValidationError) -> RequestInvalid:
     """The first fault of a request, with the dotted path of its field."""
     fault = error.errors(include_url=False)[0]
-    field = _dotted(fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if not field:
-        field, _, message = message.partition(": ")
+    field = _dotted(fault["loc"]) or "request"
+    message = fault["msg"]
+    if fault["type"] == "value_error":  # ours, from `_one_input`
+        field, _, message = message.removeprefix("Value error, ").partition(": ")
     code = _CODES.get(fault["type"], "invalid_value")
     return RequestInvalid(field, message[:1].lower() + message[1:], code)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     path = ""
-    for part in location:
+    for part in _of_the_user(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif _is_field(part):
+        else:
             path += f".{part}" if path else part
     return path
 
 
-def _is_field(part: str) -> bool:
-    """Pydantic puts the names of union members into a location; those are no fields of the user's."""
-    return not part.startswith(("tuple[", "constrained-", "function-", "str", "nullable"))
+def _of_the_user(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Without what pydantic puts in: the tag of a prompt's kind, and its mark of a mapping's key."""
+    if location[:1] == ("prompt",):
+        return location[:1] + location[2:]
+    return location[:-1] if location[-1:] == ("[key]",) else location

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from jobs.errors import SettingsError
 
@@ -24,7 +25,7 @@ _RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTA
 class Settings(BaseSettings):
     """From `HEADRACE_*` variables, then `headrace.toml` (or the file that `HEADRACE_CONFIG` names), then defaults."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, allow_inf_nan=False)
 
     home: Path = Path("~/.local/share/headrace")
     """Folder of the one-machine stack: data of the embedded servers, `stack.json`, logs."""
@@ -70,6 +71,8 @@ class Settings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             raise _first_fault(error) from None
+        except SourceError:  # `models` alone is a table, which a variable gives as JSON
+            raise SettingsError(f"{PREFIX}MODELS", "must be a JSON object") from None
 
     @classmethod
     def settings_customise_sources(
@@ -147,7 +150,7 @@ def _read_config() -> dict[str, Any]:
 def _refuse_unknown_variables(known: set[str]) -> None:
     allowed = {PREFIX + name.upper() for name in known} | {CONFIG_VARIABLE}
     for variable in sorted(os.environ):
-        if variable.startswith(PREFIX) and variable.upper() not in allowed:
+        if variable.upper().startswith(PREFIX) and variable.upper() not in allowed:
             raise SettingsError(variable, "is no setting of Headrace; see the README for the list")
 
 
@@ -158,4 +161,4 @@ def _first_fault(error: ValidationError) -> SettingsError:
     if relation:
         return SettingsError(relation["variable"], relation["message"])
     name = ".".join(str(part) for part in fault["loc"])
-    return SettingsError(PREFIX + name.upper() if fault["loc"][0] in Settings.model_fields else name, message)
+    return SettingsError(PREFIX + name.upper() if name in Settings.model_fields else name, message)

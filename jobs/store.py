@@ -148,11 +148,13 @@ class Store:
             "deadline_seconds": request.deadline_seconds,
             "key": request.idempotency_key,
             "conversation": request.conversation,
+            "turn": None,
             "request": request.payload(),
+            "metadata": request.metadata_payload(),
             "digest": request.digest(),
         }
         if request.conversation is None:
-            created = self.database.run(lambda c: c.execute(_ACCEPT, fields | _NO_TURN).one_or_none(), single=True)
+            created = self.database.run(lambda c: c.execute(_ACCEPT, fields).one_or_none(), single=True)
         else:
             created = self._accept_turn(fields)
         if created is not None:
@@ -281,9 +283,9 @@ def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
     # The conversation's row is the lock that orders a new turn against the end of the one before it.
     if connection.execute(_FIND_SAME, fields).first() is not None:
         raise _AcceptedBefore
-    turn = connection.execute(_NEXT_TURN, fields).one()
-    state = State.BLOCKED if turn.waits else State.QUEUED
-    created = connection.execute(_ACCEPT, fields | {"turn": turn.turns, "state": str(state)}).one_or_none()
+    turn = connection.execute(_NEXT_TURN, fields).scalar_one()
+    # A statement of its own, after the lock: it must see what whoever held the lock before has committed.
+    created = connection.execute(_ACCEPT, fields | {"turn": turn}).one_or_none()
     if created is None:  # the same key came in at the same time
         raise _AcceptedBefore
     return created
@@ -295,7 +297,7 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> Settle
     ending = [s for s in settlements if not s.requeues]
     # What could not be requeued was to be cancelled, or is not ours any more; the token tells.
     ending += [_cancelled(s) for s in requeue if s.id not in done]
-    ended = connection.execute(_END_HELD, _columns(ending)).all() if ending else []
+    ended = connection.execute(_END_HELD, _document(ending)).all() if ending else []
     done |= {row.id for row in ended}
     doubtful = [s.token for s in settlements if s.id not in done]
     if doubtful:
@@ -304,7 +306,7 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> Settle
 
 
 def _requeue(connection: Connection, settlements: Sequence[Settlement]) -> set[UUID]:
-    return set(connection.execute(_REQUEUE, _columns(settlements)).scalars())
+    return set(connection.execute(_REQUEUE, _document(settlements)).scalars())
 
 
 def _cancelled(settlement: Settlement) -> Settlement:
@@ -321,29 +323,38 @@ def _cancelled(settlement: Settlement) -> Settlement:
     )
 
 
-def _columns(settlements: Sequence[Settlement]) -> dict[str, list[Any]]:
+def _document(settlements: Sequence[Settlement]) -> dict[str, str]:
+    """All of them as one JSON text: Postgres takes it apart faster than Python builds sixteen arrays."""
+    return {"settlements": orjson.dumps([_record(settlement) for settlement in settlements]).decode()}
+
+
+def _record(settlement: Settlement) -> dict[str, Any]:
+    usage = settlement.usage.model_dump()
     return {
-        "ids": [s.id for s in settlements],
-        "tokens": [s.token for s in settlements],
-        "outcomes": [str(s.outcome) for s in settlements],
-        "choices": [orjson.dumps([c.model_dump() for c in s.choices]).decode() for s in settlements],
-        "errors": [None if s.error is None else s.error.model_dump_json() for s in settlements],
-        "usages": [s.usage.model_dump_json() for s in settlements],
-        "timings": [s.timings.model_dump_json() for s in settlements],
-        "served_by": [s.served_by for s in settlements],
-        "prompt_tokens": [s.usage.prompt_tokens for s in settlements],
-        "cached_tokens": [s.usage.cached_tokens for s in settlements],
-        "completion_tokens": [s.usage.completion_tokens for s in settlements],
-        "busy_seconds": [s.timings.busy_seconds for s in settlements],
-        "token_dollars": [s.token_dollars for s in settlements],
-        "machine_dollars": [s.machine_dollars for s in settlements],
-        "delays": [s.retry_after_seconds or 0.0 for s in settlements],
-        "charged": [s.charged for s in settlements],
+        "id": settlement.id,
+        "token": settlement.token,
+        "outcome": settlement.outcome,
+        # JSON within JSON: json_to_recordset would refuse a \\u0000 that it has to look into.
+        "choices_text": orjson.dumps([choice.model_dump() for choice in settlement.choices]).decode(),
+        "error_text": settlement.error and settlement.error.model_dump_json(),
+        "usage": usage,
+        "timings": settlement.timings.model_dump(),
+        "served_by": settlement.served_by,
+        "busy_seconds": settlement.timings.busy_seconds,
+        "token_dollars": str(settlement.token_dollars),
+        "machine_dollars": str(settlement.machine_dollars),
+        "delay": settlement.retry_after_seconds or 0.0,
+        "charged": settlement.charged,
+        **usage,
     }
 
 
 def _cancel(connection: Connection, job_id: UUID, tenant_id: str) -> tuple[State, tuple[Waiting, ...]]:
-    row = connection.execute(_LOCK, {"id": job_id, "tenant": tenant_id}).one_or_none()
+    fields = {"id": job_id, "tenant": tenant_id}
+    # The end of the turn before locks the conversation, then the turn it releases: the same order here, or the two
+    # would wait for each other.
+    connection.execute(_LOCK_CONVERSATION_OF_BLOCKED, fields)
+    row = connection.execute(_LOCK, fields).one_or_none()
     if row is None:
         raise NotFound(f"no job {job_id}")
     state = State(row.state)
@@ -405,7 +416,7 @@ def _claim_of(row: Row[Any]) -> Claim:
         seconds_left=row.seconds_left,
         conversation=row.conversation,
         turn=row.turn,
-        request=JobRequest.model_validate(row.request),
+        request=JobRequest.model_validate_json(row.request),
     )
 
 
@@ -422,20 +433,23 @@ def job_of(row: Row[Any]) -> Job:
 
 # == SQL ========================================================================================================
 
-_NO_TURN: dict[str, Any] = {"turn": None, "state": str(State.QUEUED)}
-
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
                       conversation, turn)
-    VALUES (:id, :tenant, :state, :model, 'interactive', :priority, :max_attempts,
+    VALUES (:id, :tenant,
+            CASE WHEN EXISTS (
+                SELECT 1 FROM jobs
+                WHERE tenant_id = :tenant AND conversation = CAST(:conversation AS text) AND finished_at IS NULL
+            ) THEN 'blocked' ELSE 'queued' END,
+            :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
             CAST(:turn AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, request, digest)
-    SELECT id, :tenant, CAST(:request AS json), :digest FROM created
+    INSERT INTO payloads (job_id, tenant_id, request, metadata, digest)
+    SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), :digest FROM created
 )
 SELECT state FROM created
 """)
@@ -449,10 +463,7 @@ ORDER BY j.id = :id DESC
 _NEXT_TURN = text("""
 INSERT INTO conversations AS c (tenant_id, id, turns) VALUES (:tenant, :conversation, 1)
 ON CONFLICT (tenant_id, id) DO UPDATE SET turns = c.turns + 1
-RETURNING turns, EXISTS (
-    SELECT 1 FROM jobs j
-    WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.finished_at IS NULL
-) AS waits
+RETURNING turns
 """)
 
 _MARK_PUBLISHED = text("""
@@ -477,7 +488,7 @@ claimed AS (
 ), opened AS (
     INSERT INTO attempts (token, job_id, tenant_id, worker_id) SELECT token, id, tenant_id, :worker FROM claimed
 )
-SELECT claimed.*, payloads.request FROM claimed JOIN payloads ON payloads.job_id = claimed.id
+SELECT claimed.*, payloads.request::text AS request FROM claimed JOIN payloads ON payloads.job_id = claimed.id
 """  # noqa: S608 - composed of constants
 
 _DUE = "run_after <= now() AND (deadline_at IS NULL OR deadline_at > now())"
@@ -509,20 +520,18 @@ WITH heads AS (
 """)  # noqa: S608
 
 _HELD = text(f"""
-SELECT {_CLAIMED_COLUMNS}, payloads.request FROM jobs j JOIN payloads ON payloads.job_id = j.id
+SELECT {_CLAIMED_COLUMNS}, payloads.request::text AS request FROM jobs j JOIN payloads ON payloads.job_id = j.id
 WHERE j.worker_id = :worker AND j.state = 'running' AND j.token = ANY(:tokens)
 """)  # noqa: S608
 
 _SETTLEMENTS = """
 input AS (
-    SELECT * FROM unnest(
-        CAST(:ids AS uuid[]), CAST(:tokens AS uuid[]), CAST(:outcomes AS text[]), CAST(:choices AS json[]),
-        CAST(:errors AS json[]), CAST(:usages AS json[]), CAST(:timings AS json[]), CAST(:served_by AS text[]),
-        CAST(:prompt_tokens AS integer[]), CAST(:cached_tokens AS integer[]), CAST(:completion_tokens AS integer[]),
-        CAST(:busy_seconds AS double precision[]), CAST(:token_dollars AS numeric[]),
-        CAST(:machine_dollars AS numeric[]), CAST(:delays AS double precision[]), CAST(:charged AS boolean[])
-    ) AS i (id, token, outcome, choices, error, usage, timings, served_by, prompt_tokens, cached_tokens,
-            completion_tokens, busy_seconds, token_dollars, machine_dollars, delay, charged)
+    SELECT i.*, choices_text::json AS choices, error_text::json AS error
+    FROM json_to_recordset(CAST(:settlements AS json)) AS i (
+        id uuid, token uuid, outcome text, choices_text text, error_text text, usage json, timings json, served_by text,
+        prompt_tokens integer, cached_tokens integer, completion_tokens integer, busy_seconds double precision,
+        token_dollars numeric, machine_dollars numeric, delay double precision, charged boolean
+    )
 ), held AS (
     -- locked in one order, so that two transactions never wait for each other
     SELECT i.*, i.outcome AS attempt_outcome, j.cancel_requested_at
@@ -590,6 +599,11 @@ SELECT job_id FROM attempts WHERE token = ANY(:tokens) AND ended_at IS NOT NULL 
 
 _LOCK = text("SELECT state FROM jobs WHERE id = :id AND tenant_id = :tenant FOR UPDATE")
 
+_LOCK_CONVERSATION_OF_BLOCKED = text("""
+SELECT 1 FROM conversations c JOIN jobs j ON j.tenant_id = c.tenant_id AND j.conversation = c.id
+WHERE j.id = :id AND j.tenant_id = :tenant AND j.state = 'blocked' FOR UPDATE OF c
+""")
+
 _ASK_TO_STOP = text("UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id")
 
 # A row that ends without a worker's word: nothing was made, nothing is charged.
@@ -607,6 +621,19 @@ WITH held AS (
     FROM jobs WHERE id = :id AND state IN ('queued', 'blocked')
 ), {_END} {_TAIL}
 """)  # noqa: S608
+
+# The rows of a batch that wait, some at a time. What is locked is being claimed, and is left.
+END_WAITING_ROWS = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' LIMIT :limit FOR UPDATE SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+STOP_RUNNING_ROWS = text("""
+UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE batch_id = :id AND state = 'running'
+""")
 
 _ONE_SWEEPER = text("SELECT pg_try_advisory_xact_lock(hashtext('headrace.sweeper'))")
 
@@ -632,7 +659,9 @@ WITH held AS (
 
 _REQUEUE_LOST = text(f"""
 WITH held AS (
-    SELECT id, token FROM jobs j WHERE {_OF_A_DEAD_WORKER} ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    SELECT id, token FROM jobs j
+    WHERE {_OF_A_DEAD_WORKER} AND cancel_requested_at IS NULL AND attempts < max_attempts
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), queued AS (
     UPDATE jobs j
     SET state = 'queued', token = NULL, worker_id = NULL, published_at = NULL, run_after = now()
@@ -704,8 +733,8 @@ ORDER BY j.turn
 
 SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
-       j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, p.custom_id,
-       p.request -> 'metadata' AS metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
+       j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
+       p.endpoint, p.metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
        l.busy_seconds, l.token_dollars, l.machine_dollars
 FROM jobs j
 JOIN payloads p ON p.job_id = j.id

@@ -151,7 +151,10 @@ payloads = Table(
     _job_key(),
     _tenant(),
     Column("custom_id", Text),  # the caller's name of a batch's line
+    Column("endpoint", Text),  # the route it was written for, which decides the form of its answer
     Column("request", JSON, nullable=False),  # json, not jsonb: the text is kept byte for byte
+    # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
+    Column("metadata", JSON),
     Column("digest", LargeBinary, nullable=False),
 )
 
@@ -251,6 +254,7 @@ rejections = Table(
     _tenant(),
     Column("custom_id", Text),
     Column("error", JSON, nullable=False),
+    Index("rejections_custom_id_idx", "batch_id", "custom_id"),
 )
 
 conversations = Table(

@@ -75,13 +75,14 @@ class GenerationRequest:
     sampling: SamplingParams
     deadline_seconds: float | None = None  # from intake; then the request ends as "expired" with what it has
     stream: bool = False  # whether Delta events are wanted
+    return_token_ids: bool = True  # whether the choices of its Ended carry their token ids, or only text
     priority: int = 5  # 0 goes first, 9 last
     cache_salt: str = "local"  # only requests with the same salt may share cached keys and values
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One continuation. `text` holds whole characters only; `token_ids` includes the EOS token that ended it."""
+    """One continuation. `text` holds whole characters only; `token_ids`, if wanted, includes the EOS that ended it."""
 
     index: int
     text: str

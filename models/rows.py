@@ -44,6 +44,11 @@ class Row:
             self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
         return text
 
+    @property
+    def wanted_token_ids(self) -> tuple[int, ...]:
+        """What its choice carries: every token, if the request wants them."""
+        return tuple(self.token_ids) if self.flight.request.return_token_ids else ()
+
     def delta(self, text: str) -> Delta:
         """The event for this text, with the tokens since the last one."""
         token_ids = tuple(self.token_ids[self.told_tokens :])
@@ -94,7 +99,7 @@ class Flight:
 
     def _choices(self) -> tuple[Choice, ...]:
         return tuple(
-            Choice(row.index, row.stream.text, tuple(row.token_ids), row.finish_reason or "error") for row in self.rows
+            Choice(row.index, row.stream.text, row.wanted_token_ids, row.finish_reason or "error") for row in self.rows
         )
 
     def _usage(self) -> Usage:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
 from jobs.schema import JobRequest
 from jobs.settings import Settings
 from models.catalog import Catalog, CatalogError, ModelSpec, UnknownModel
 from models.prompt import PromptError, PromptFormat, encode_prompt, load_prompt_format
+
+# A model hub that does not answer is given up after some 25 s; a file of a million lines must not wait for each.
+_UNUSABLE_SECONDS = 60.0
 
 
 def catalog_of(settings: Settings) -> Catalog:
@@ -24,12 +29,13 @@ class Validator:
     def __init__(self, settings: Settings) -> None:
         self._catalog = catalog_of(settings)
         self._max_prompt_bytes = settings.max_prompt_bytes
+        self._unusable: dict[str, tuple[str, float]] = {}  # by model: why, and until when nothing is tried
 
     def check(self, request: JobRequest) -> JobRequest:
         """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
         spec = self._spec(request.model)
         self._check_size(request)
-        form = _format(spec)
+        form = self._format(spec)
         room = form.context_tokens - _prompt_tokens(form, request)
         max_tokens = _max_tokens(request, spec, form.context_tokens, room)
         temperature = spec.default_temperature if request.temperature is None else request.temperature
@@ -42,6 +48,16 @@ class Validator:
             raise ModelUnknown(error.message) from None
         except CatalogError as error:
             raise RequestInvalid("model", str(error)) from None
+
+    def _format(self, spec: ModelSpec) -> PromptFormat:
+        reason, until = self._unusable.get(spec.name, ("", 0.0))
+        if time.monotonic() > until:
+            try:
+                return load_prompt_format(spec)
+            except PromptError as error:
+                reason = error.message
+                self._unusable[spec.name] = (reason, time.monotonic() + _UNUSABLE_SECONDS)
+        raise RequestInvalid("model", f"{spec.name!r} cannot be used: {reason}", "model_not_found")
 
     def _check_size(self, request: JobRequest) -> None:
         field = prompt_field(request)
@@ -58,13 +74,6 @@ class Validator:
 def prompt_field(request: JobRequest) -> str:
     """The field that carries the prompt."""
     return "messages" if request.messages is not None else "prompt"
-
-
-def _format(spec: ModelSpec) -> PromptFormat:
-    try:
-        return load_prompt_format(spec)
-    except PromptError as error:
-        raise RequestInvalid("model", f"{spec.name!r} cannot be used: {error.message}") from None
 
 
 def _prompt_bytes(request: JobRequest) -> int:

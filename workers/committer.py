@@ -10,13 +10,21 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from decimal import Decimal
+from typing import TypeAlias
 
 from jobs.errors import StoreUnavailable
+from jobs.schema import JobError, Usage
+from jobs.states import AttemptOutcome
 from jobs.store import Settled, Settlement, Store
 
 log = logging.getLogger(__name__)
 
 GROUP_ROWS = 512
+
+_Group: TypeAlias = list[tuple[Settlement, "Future[bool]"]]
+_NOT_STORED = JobError(code="result_not_stored", message="its result cannot be stored; the worker's log says why")
 
 
 class Committer:
@@ -53,8 +61,8 @@ class Committer:
             if not more:
                 return
 
-    def _collect(self) -> tuple[list[tuple[Settlement, Future[bool]]], bool]:
-        group = []
+    def _collect(self) -> tuple[_Group, bool]:
+        group: _Group = []
         item = self._queue.get()
         while item is not None:
             group.append(item)
@@ -63,19 +71,43 @@ class Committer:
             item = self._queue.get()
         return group, False
 
-    def _commit(self, group: list[tuple[Settlement, Future[bool]]]) -> None:
+    def _commit(self, group: _Group) -> None:
         settlements = [settlement for settlement, _ in group]
         try:
             settled = self._persist(settlements)
-        except Exception as error:
-            log.exception("%d settlements failed", len(group))
-            for _, future in group:
-                future.set_exception(error)
+        except StoreUnavailable as error:
+            self._give_up(group, error)
+        except Exception as error:  # noqa: BLE001 - one row that Postgres refuses must not cost the others theirs
+            self._find_refused(group, error)
+        else:
+            # Waiters first: whoever waits for a result reads it as soon as it is committed.
+            self._tell(settlements, settled)
+            for settlement, future in group:
+                future.set_result(settlement.id in settled.done)
+
+    def _find_refused(self, group: _Group, error: Exception) -> None:
+        if len(group) > 1:
+            self._commit(group[: len(group) // 2])
+            self._commit(group[len(group) // 2 :])
             return
-        # Waiters first: whoever waits for a result reads it as soon as it is committed.
-        self._after(settlements, settled)
-        for settlement, future in group:
-            future.set_result(settlement.id in settled.done)
+        (settlement, future) = group[0]
+        log.error("the result of job %s cannot be stored", settlement.id, exc_info=error)
+        if settlement.error == _NOT_STORED:
+            self._give_up(group, error)
+        else:
+            self._commit([(_without_result(settlement), future)])
+
+    def _give_up(self, group: _Group, error: Exception) -> None:
+        """They leave our hands; the heartbeat, or the sweeper once we are gone, puts the jobs back in the queue."""
+        self._tell([settlement for settlement, _ in group], Settled())
+        for _, future in group:
+            future.set_exception(error)
+
+    def _tell(self, settlements: Sequence[Settlement], settled: Settled) -> None:
+        try:
+            self._after(settlements, settled)
+        except Exception:  # what is committed stays so, and the next group must come
+            log.exception("%d settlements could not be announced", len(settlements))
 
     def _persist(self, settlements: Sequence[Settlement]) -> Settled:
         """Try until Postgres takes it: what was computed is not thrown away while this process lives."""
@@ -86,3 +118,16 @@ class Committer:
                 if self._gone.is_set():
                     raise
                 log.warning("%d settlements wait: %s", len(settlements), error)
+
+
+def _without_result(settlement: Settlement) -> Settlement:
+    """The same end of the attempt as a failure that every database can hold. Machine time stays charged."""
+    return replace(
+        settlement,
+        outcome=AttemptOutcome.FAILED,
+        choices=(),
+        error=_NOT_STORED,
+        usage=Usage(),
+        token_dollars=Decimal(0),
+        retry_after_seconds=None,
+    )

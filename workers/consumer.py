@@ -9,16 +9,18 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 
 from jobs.dispatch import DRAIN, RUN_JOB, celery_app, queue_name
 from jobs.errors import NotFound
@@ -38,7 +40,7 @@ SPARE_THREADS = 8
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM, then drain."""
     options = _parse(arguments)
-    set_up_logging("consumer")
+    _set_up_logging()
     # Ctrl-C reaches the whole group; the supervisor decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -46,22 +48,31 @@ def main(arguments: list[str] | None = None) -> int:
     host = Host(settings, options.spec, options.socket, options.alive)
     host.open()
     app = worker_app(settings, host)
-    app.Worker(
-        hostname=f"{options.spec.name.replace('@', '-')}-{host.worker_id.hex[-12:]}@%h",
+    worker = app.Worker(
+        hostname=f"{options.spec.name.replace('@', '-')}-{host.worker_id.hex[-12:]}@{socket.gethostname()}",
         concurrency=host.slots + SPARE_THREADS,
-        loglevel="INFO",
+        quiet=True,
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=False,
-    ).start()
+    )
+    worker.start()
     host.close()
-    return 0
+    return int(worker.exitcode or 0)
+
+
+def _set_up_logging() -> None:
+    set_up_logging("consumer")
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # whoever listens has done it: Celery leaves it alone
+    # Two lines for each message, at INFO, are what a busy worker would do most.
+    for chatty in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def worker_app(settings: Settings, host: Host) -> Celery:
     """The Celery application whose tasks run on this host."""
     app = celery_app(settings)
-    app.conf.task_queues = [Queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+    app.conf.task_queues = [_queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
 
     @app.task(name=RUN_JOB, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
@@ -73,9 +84,14 @@ def worker_app(settings: Settings, host: Host) -> Celery:
         return _or_ignore(lambda: f"{tasks.drain(host)} rows")
 
     host.on_backlog = lambda: _drain_without_message(host)
-    signals.worker_shutting_down.connect(lambda **_: _drain_in_background(host), weak=False)
+    _end_our_way(app, host)
     _cancel_on_revoke(host)
     return app
+
+
+def _queue(name: str) -> Queue:
+    # An exchange of its own: queues that share one, and its routing key, would each get the other's messages.
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)
 
 
 def _or_ignore(work: Any) -> str:
@@ -91,7 +107,7 @@ def _drain_without_message(host: Host) -> None:
     if host.drained_by.locked() or host.draining.is_set():
         return
 
-    def run() -> None:
+    def drain() -> None:
         try:
             tasks.drain(host)
         except tasks.NotOurs:
@@ -99,12 +115,27 @@ def _drain_without_message(host: Host) -> None:
         except Exception:
             log.exception("a drain failed; the next heartbeat starts another")
 
-    threading.Thread(target=run, name="drain", daemon=True).start()
+    _in_background(drain)
 
 
-def _drain_in_background(host: Host) -> None:
-    """Celery sends this from a signal handler; the database is not for those."""
-    threading.Thread(target=host.start_draining, name="start-draining", daemon=True).start()
+def _end_our_way(app: Celery, host: Host) -> None:
+    """However Celery ends, it waits for its threads; they end when the host drains."""
+
+    class Drain(bootsteps.StartStopStep):  # type: ignore[misc]
+        def start(self, _: Any) -> None:
+            # Celery has just installed its own handlers, a second Ctrl-C being one that drops what runs.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def close(self, _: Any) -> None:
+            host.start_draining()
+
+    app.steps["worker"].add(Drain)
+    # The same, sooner: Celery sends this from its SIGTERM handler, and the database is not for signal handlers.
+    signals.worker_shutting_down.connect(lambda **_: _in_background(host.start_draining), weak=False)
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
 
 def _cancel_on_revoke(host: Host) -> None:

@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from models.client import EngineClient, OnEvent
-from models.protocol import Ended, EngineError, Failure, GenerationRequest, Health
+from models.protocol import Ended, EngineError, GenerationRequest, Health
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ _HEALTH_SECONDS = 1.0
 
 
 class EngineLink:
-    """Always the current connection. While there is none, requests end at once as "engine_lost"."""
+    """Always the current connection. While there is none, requests end at once as "released": nothing ran."""
 
     def __init__(self, socket_path: Path, hang_seconds: float) -> None:
         self._path = socket_path
@@ -27,11 +29,15 @@ class EngineLink:
         self._client: EngineClient | None = None
         self._stop = threading.Event()
         self.ready = threading.Event()
+        self.busy_seconds = 0.0  # of every engine since `open`, as far as `health` was asked
+        self._last: Health | None = None
+        self._pid = 0
+        self._answered_at = 0.0
         self._thread = threading.Thread(target=self._keep_connected, name="engine-link", daemon=True)
 
     def open(self, timeout_seconds: float) -> Health:
         """Wait for the engine. Raises EngineError if it is not there in time."""
-        health = self._connect(timeout_seconds)
+        health = self._last = self._connect(timeout_seconds)
         self._thread.start()
         return health
 
@@ -42,9 +48,7 @@ class EngineLink:
             client.submit_many(requests)
             return
         for request, on_event in requests:
-            on_event(
-                Ended(request.id, "failed", error=Failure("engine_lost", "the engine is starting", retryable=True))
-            )
+            on_event(Ended(request.id, "released"))
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step; unknown ids are ignored."""
@@ -61,13 +65,10 @@ class EngineLink:
         client = self._client
         if client is None:
             return None
-        try:
-            health = client.health(_HEALTH_SECONDS)
-        except EngineError:
-            return None
-        if health.step_seconds is not None and health.step_seconds > self._hang_seconds:
-            log.error("the engine hangs in a step for %.0f s; its process is killed", health.step_seconds)
-            os.kill(health.pid, signal.SIGKILL)  # its supervisor starts a new one
+        health = self._ask(client)
+        stuck_seconds = self._stuck_seconds(client, health)
+        if stuck_seconds > self._hang_seconds:
+            self._kill(stuck_seconds)
             return None
         return health
 
@@ -82,9 +83,38 @@ class EngineLink:
     def _connect(self, timeout_seconds: float) -> Health:
         client = EngineClient(self._path)
         health = client.connect(timeout_seconds)
+        self._answered_at = time.monotonic()
+        self._pid = health.pid
         self._client = client
         self.ready.set()
         return health
+
+    def _ask(self, client: EngineClient) -> Health | None:
+        try:
+            health = client.health(_HEALTH_SECONDS)
+        except EngineError:
+            return None
+        self._take_note(health)
+        return health
+
+    def _stuck_seconds(self, client: EngineClient, health: Health | None) -> float:
+        """How long one step has lasted, or nothing was answered although the connection stands."""
+        if health is not None:
+            return health.step_seconds or 0.0
+        return 0.0 if client.lost.is_set() else time.monotonic() - self._answered_at
+
+    def _take_note(self, health: Health) -> None:
+        """Add what the engine has worked since it was asked last; one that is new has worked for us alone."""
+        assert self._last is not None
+        earlier = self._last.busy_seconds if self._last.started_at == health.started_at else 0.0
+        self.busy_seconds += health.busy_seconds - earlier
+        self._last = health
+        self._answered_at = time.monotonic()
+
+    def _kill(self, stuck_seconds: float) -> None:
+        log.error("the engine has not moved for %.0f s; its process is killed", stuck_seconds)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)  # its supervisor starts a new one
 
     def _keep_connected(self) -> None:
         while not self._stop.is_set():

@@ -32,8 +32,8 @@ from workers.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-# A lease is taken for over this much before its end, so that a slow clock or a slow stop does not overrun it.
-_LEASE_MARGIN_SECONDS = 1.0
+# A lease is taken for over this part of it before its end, so that a slow stop does not overrun it.
+_LEASE_MARGIN = 0.1
 
 Stop = Literal["cancel", "release", "fence"]
 
@@ -56,47 +56,54 @@ class Hands:
     """The tokens this worker holds or may hold, and what it knows of each. Thread-safe."""
 
     _held: dict[UUID, Held | None] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def reach(self, count: int = 1) -> list[UUID]:
         """Fresh tokens, held from before the claim, so that no claim is ever taken for unheld."""
         tokens = [uuid4() for _ in range(count)]
-        with self._lock:
+        with self._changed:
             self._held.update(dict.fromkeys(tokens))
         return tokens
 
     def take(self, tokens: Sequence[UUID], claims: Sequence[Claim]) -> list[Held]:
         """Keep the tokens that claimed something, drop the others."""
         held = [Held(claim) for claim in claims]
-        with self._lock:
+        with self._changed:
             for token in tokens:
                 self._held.pop(token, None)
             self._held.update({one.claim.token: one for one in held})
+            self._changed.notify_all()
         return held
 
     def drop(self, tokens: Sequence[UUID]) -> None:
         """These are settled."""
-        with self._lock:
+        with self._changed:
             for token in tokens:
                 self._held.pop(token, None)
+            self._changed.notify_all()
 
     def tokens(self) -> list[UUID]:
         """Everything held or reached for."""
-        with self._lock:
+        with self._changed:
             return list(self._held)
 
     def all(self) -> list[Held]:
         """Every claimed job."""
-        with self._lock:
+        with self._changed:
             return [one for one in self._held.values() if one is not None]
 
     def mark(self, which: Sequence[Held], stop: Stop) -> list[Held]:
         """Say why these are being stopped, the first reason stands; returns those that had none."""
-        with self._lock:
+        with self._changed:
             fresh = [one for one in which if one.stop is None]
             for one in fresh:
                 one.stop = stop
         return fresh
+
+    def wait_empty(self, timeout_seconds: float) -> bool:
+        """Wait until nothing is held or reached for; False if that takes too long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._held, timeout_seconds)
 
 
 class Host:
@@ -119,6 +126,7 @@ class Host:
         self.store = Store(self._database)
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
+        self._busy_before = 0.0  # the engine's seconds when this incarnation began
         self.dispatcher = Dispatcher(settings, self.store.mark_published)
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
@@ -163,21 +171,28 @@ class Host:
         timer.start()
 
     def close(self) -> None:
-        """Commit what is done, say goodbye. What is still held is taken over by another worker at once."""
+        """Let what runs end, commit it, say goodbye. What is still held is taken over by another worker at once."""
+        self.start_draining()
+        self.hands.wait_empty(self.settings.drain_seconds + self.settings.lease_seconds)
         self._stop.set()
         for loop in self._loops:
             loop.stop()
         self.committer.close()
+        last_load = self._load()
         self.engine.close()
-        try:
-            self._leases.stop(self.worker_id)
-        except StoreUnavailable as error:
-            log.warning("could not say goodbye: %s", error)
+        self._say_goodbye(last_load)
         self._listener.join()
         self.dispatcher.close()
         self._signals.close()
         self._database.close()
         self._pulse.close()
+
+    def _say_goodbye(self, load: Load) -> None:
+        try:
+            self._leases.renew(self.worker_id, load, self.hands.tokens())
+            self._leases.stop(self.worker_id)
+        except (Fenced, StoreUnavailable) as error:
+            log.warning("could not say goodbye: %s", error)
 
     def _register(self) -> None:
         info = orjson.dumps({"served_by": self.served_by, "tier": self.spec.tier}).decode()
@@ -191,14 +206,14 @@ class Host:
             info=info,
         )
         self._lease_ends = asked_at + self.settings.lease_seconds
+        self._busy_before = self.engine.busy_seconds
 
     # -- heartbeat ----------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
         """Renew the lease, stop what was cancelled, look for bulk rows; be born again if the lease was lost."""
         self._say_alive()
-        health = self.engine.health()
-        load = Load(len(self.hands.all()), health is not None, health.busy_seconds if health else 0.0)
+        load = self._load()
         asked_at = time.monotonic()
         try:
             renewal = self._leases.renew(self.worker_id, load, self.hands.tokens())
@@ -210,8 +225,12 @@ class Host:
 
     def guard_lease(self) -> None:
         """Stop our own rows before the lease ends if it could not be renewed: they will be somebody else's."""
-        if time.monotonic() > self._lease_ends - _LEASE_MARGIN_SECONDS:
+        if time.monotonic() > self._lease_ends - _LEASE_MARGIN * self.settings.lease_seconds:
             self.stop_held(self.hands.all(), "fence")
+
+    def _load(self) -> Load:
+        ready = self.engine.health() is not None
+        return Load(len(self.hands.all()), ready, self.engine.busy_seconds - self._busy_before)
 
     def _obey(self, renewal: Renewal) -> None:
         cancelled = set(renewal.cancelled)
@@ -234,8 +253,11 @@ class Host:
 
     def stop_held(self, which: Sequence[Held], why: Stop) -> None:
         """Have the engine end these within a step."""
-        for one in self.hands.mark(which, why):
+        fresh = self.hands.mark(which, why)
+        for one in fresh:
             self.engine.cancel(one.request_id)
+        if fresh:
+            log.info("stopping %d jobs: %s", len(fresh), why)
 
     def cancel(self, job_id: UUID) -> None:
         """Cancel a job as its owner would, whoever holds it."""

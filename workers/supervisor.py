@@ -49,12 +49,14 @@ class Child:
     due_at: float = 0.0
     young_deaths: int = 0
 
-    def keep(self) -> None:
-        """Start it if it is not running and its pause is over."""
+    def keep(self) -> bool:
+        """Start it if it is not running and its pause is over; whether it was started."""
         if self.process is not None and self.process.poll() is not None:
             self._buried(self.process.returncode)
-        if self.process is None and time.monotonic() >= self.due_at:
+        due = self.process is None and time.monotonic() >= self.due_at
+        if due:
             self.start()
+        return due
 
     def start(self) -> None:
         """Start it now."""
@@ -124,13 +126,21 @@ class Pulse:
 class Supervisor:
     """One worker: an engine and a consumer."""
 
-    def __init__(self, settings: Settings, spec: ModelSpec, gpus: str | None, folder: Path) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        spec: ModelSpec,
+        gpus: str | None,
+        folder: Path,
+        execution_log: Path | None = None,
+    ) -> None:
         self._settings = settings
         self._stopping = threading.Event()
         self._socket, alive = folder / "engine.sock", folder / "alive"
         self._engine_came_up = False
         shared = ["--socket", str(self._socket), "--spec", spec.model_dump_json()]
-        self.engine = Child("engine", _python("models.server", *shared), _environment(gpus))
+        logged = [] if execution_log is None else ["--execution-log", str(execution_log)]
+        self.engine = Child("engine", _python("models.server", *shared, *logged), _environment(gpus))
         self.consumer = Child(
             "consumer",
             _python("workers.consumer", *shared, "--alive", str(alive)),
@@ -143,7 +153,8 @@ class Supervisor:
         try:
             while not self._stopping.wait(_POLL_SECONDS):
                 self.engine.keep()
-                self.consumer.keep()
+                if self.consumer.keep():
+                    self._pulse.forget()
                 if self._engine_never_comes_up():
                     log.error("the engine could not be started in %d tries; giving up", _QUICK_DEATHS)
                     return 1
@@ -172,13 +183,13 @@ class Supervisor:
         self.engine.stop(self._settings.lease_seconds)
 
 
-def run(model: str, gpus: str | None) -> int:
+def run(model: str, gpus: str | None, execution_log: Path | None = None) -> int:
     """Serve the model until SIGTERM or SIGINT. Raises SettingsError if it is in no catalog."""
     settings = Settings.load()
     spec = _spec(settings, model)
     # Short, private and gone with the process: a Unix socket's path has room for about 100 bytes.
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-        supervisor = Supervisor(settings, spec, gpus, Path(folder))
+        supervisor = Supervisor(settings, spec, gpus, Path(folder), execution_log)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
         return supervisor.run()
@@ -208,10 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.supervisor")
     parser.add_argument("--model", required=True, help="name in the catalog, folder or hub id")
     parser.add_argument("--gpus", help="CUDA device numbers of this worker, such as 0 or 0,1")
+    parser.add_argument("--execution-log", type=Path, help="append a line for each request that is computed")
     options = parser.parse_args(arguments)
     set_up_logging("supervisor")
     try:
-        return run(options.model, options.gpus)
+        return run(options.model, options.gpus, options.execution_log)
     except SettingsError as error:
         log.error("%s", error)  # noqa: TRY400 - the message says it all
         return 2

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
-from jobs.errors import HeadraceError, RequestInvalid
+from jobs.errors import HeadraceError, RequestInvalid, StoreUnavailable
 from jobs.schema import Choice, JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome
 from jobs.store import Claim, Settlement
@@ -95,19 +95,27 @@ class _Drain:
         self._in_engine = 0
         self._open = 0  # not committed yet
         self._changed = threading.Condition()
+        self._awaited: Callable[[], bool] = lambda: False
 
     def run(self) -> int:
         rows = 0
         while not self._host.draining.is_set():
             _await_engine(self._host)
-            room = self._await_room()
-            held = _claim_bulk(self._host, room)
+            held = self._claim(self._await_room())
             if not held and not self._wait_for_any():
                 break
             rows += len(held)
             self._start(held)
         self._wait_for_all()
         return rows
+
+    def _claim(self, room: int) -> list[Held]:
+        try:
+            return _claim_bulk(self._host, room)
+        except StoreUnavailable as error:
+            # While rows run they are waited for, and this tries again; else a heartbeat starts the next drain.
+            log.warning("nothing can be claimed: %s", error)
+            return []
 
     def _start(self, held: Sequence[Held]) -> None:
         with self._changed:
@@ -118,31 +126,40 @@ class _Drain:
     def _left_engine(self) -> None:
         with self._changed:
             self._in_engine -= 1
-            self._changed.notify_all()
+            self._wake()
 
     def _finished(self, _: Finished) -> None:
         with self._changed:
             self._open -= 1
-            self._changed.notify_all()
+            self._wake()
 
     def _await_room(self) -> int:
         slots = self._host.slots
+        enough = max(1, slots // _REFILL_SHARE)
         with self._changed:
-            self._changed.wait_for(lambda: self._in_engine < slots)
-            enough = max(1, slots // _REFILL_SHARE)
-            self._changed.wait_for(lambda: slots - self._in_engine >= enough, _REFILL_SECONDS)
+            self._wait(lambda: self._in_engine < slots)
+            self._wait(lambda: slots - self._in_engine >= enough, _REFILL_SECONDS)
             return slots - self._in_engine
 
     def _wait_for_any(self) -> bool:
         """Nothing was left to claim; False when nothing runs either. What runs may still come back as a retry."""
         with self._changed:
             before = self._open
-            self._changed.wait_for(lambda: self._open < before, _LOOK_AGAIN_SECONDS if before else 0.0)
+            self._wait(lambda: self._open < before, _LOOK_AGAIN_SECONDS if before else 0.0)
             return before > 0
 
     def _wait_for_all(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._open == 0)
+            self._wait(lambda: self._open == 0)
+
+    def _wait(self, awaited: Callable[[], bool], timeout_seconds: float | None = None) -> None:
+        self._awaited = awaited
+        self._changed.wait_for(awaited, timeout_seconds)
+
+    def _wake(self) -> None:
+        # Only for what is awaited: a wake-up for each row of thousands a second would be most of the drain's work.
+        if self._awaited():
+            self._changed.notify()
 
 
 # == claim =======================================================================================================
@@ -187,13 +204,17 @@ def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
         then = partial(_ended, host, one, watcher)
         try:
             request = _generation_request(host, one)
-        except HeadraceError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job must end, and not cost the others theirs
             then(0.0, _refused(one, error))
             continue
         tokenize_seconds = time.perf_counter() - started
         requests.append((request, partial(then, tokenize_seconds)))
     if requests:
         host.engine.submit(requests)
+    # The engine ignores a stop of what it does not know yet.
+    for one in held:
+        if one.stop is not None:
+            host.engine.cancel(one.request_id)
 
 
 def _generation_request(host: Host, held: Held) -> GenerationRequest:
@@ -206,6 +227,7 @@ def _generation_request(host: Host, held: Held) -> GenerationRequest:
         prompt_token_ids=_prompt_token_ids(host, claim.request, history),
         sampling=sampling_of(claim.request, host.spec),
         deadline_seconds=claim.seconds_left,
+        return_token_ids=False,
         priority=claim.priority,
         cache_salt=claim.tenant_id,
     )
@@ -238,9 +260,15 @@ def sampling_of(request: JobRequest, spec: ModelSpec) -> SamplingParams:
     )
 
 
-def _refused(held: Held, error: HeadraceError) -> Ended:
-    code = error.code if isinstance(error, RequestInvalid) else "store_unavailable"
-    return Ended(held.request_id, "failed", error=Failure(code, str(error), not isinstance(error, RequestInvalid)))
+def _refused(held: Held, error: Exception) -> Ended:
+    if isinstance(error, RequestInvalid):
+        failure = Failure(error.code, str(error), retryable=False)
+    elif isinstance(error, StoreUnavailable):
+        failure = Failure("store_unavailable", str(error), retryable=True)
+    else:
+        log.error("job %s cannot be prepared", held.claim.id, exc_info=error)
+        failure = Failure("worker_error", f"{type(error).__name__}: {error}", retryable=True)
+    return Ended(held.request_id, "failed", error=failure)
 
 
 # == finish ======================================================================================================

@@ -194,6 +194,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("batch_id", "line", name=op.f("rejections_pkey")),
     )
+    op.create_index("rejections_custom_id_idx", "rejections", ["batch_id", "custom_id"], unique=False)
     op.create_table(
         "attempts",
         sa.Column("token", sa.Uuid(), nullable=False),
@@ -220,7 +221,9 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.Column("tenant_id", sa.Text(), server_default="local", nullable=False),
         sa.Column("custom_id", sa.Text(), nullable=True),
+        sa.Column("endpoint", sa.Text(), nullable=True),
         sa.Column("request", postgresql.JSON(astext_type=sa.Text()), nullable=False),
+        sa.Column("metadata", postgresql.JSON(astext_type=sa.Text()), nullable=True),
         sa.Column("digest", sa.LargeBinary(), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("payloads_job_id_fkey"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", name=op.f("payloads_pkey")),
@@ -245,6 +248,7 @@ def downgrade() -> None:
     op.drop_table("payloads")
     op.drop_index("attempts_job_id_idx", table_name="attempts")
     op.drop_table("attempts")
+    op.drop_index("rejections_custom_id_idx", table_name="rejections")
     op.drop_table("rejections")
     op.drop_index(
         "jobs_waiting_idx", table_name="jobs", postgresql_where=sa.text("state = 'queued' AND lane = 'interactive'")
