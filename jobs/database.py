@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import orjson
 import psycopg
-from sqlalchemy import Connection, Engine, Executable, Row, create_engine
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -69,15 +68,6 @@ class Database:
             message = f"Postgres did not answer within {self.wait_seconds:g} s: {_brief(error)}"
             raise StoreUnavailable(message) from error
         return result
-
-    @contextmanager
-    def stream(self, statement: Executable, fields: dict[str, Any], rows: int) -> Iterator[Iterator[Row[Any]]]:
-        """Rows through a server-side cursor, `rows` at a time; never tried again. Raises StoreUnavailable."""
-        try:
-            with self._durable.connect().execution_options(yield_per=rows) as connection:
-                yield iter(connection.execute(statement, fields))
-        except TRANSIENT as error:
-            raise StoreUnavailable(f"Postgres went away: {_brief(error)}") from error
 
     def close(self) -> None:
         """Close every idle connection."""

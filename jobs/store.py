@@ -632,7 +632,8 @@ WITH held AS (
 """)  # noqa: S608
 
 STOP_RUNNING_ROWS = text("""
-UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE batch_id = :id AND state = 'running'
+WITH running AS (SELECT id FROM jobs WHERE batch_id = :id AND state = 'running' ORDER BY id FOR UPDATE)
+UPDATE jobs j SET cancel_requested_at = coalesce(cancel_requested_at, now()) FROM running r WHERE j.id = r.id
 """)
 
 _ONE_SWEEPER = text("SELECT pg_try_advisory_xact_lock(hashtext('headrace.sweeper'))")
