@@ -1,0 +1,89 @@
+"""Commands for deployments: migrate, worker, flower, version."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from headrace.commands.common import DEFAULT_MODEL, SUCCESS, AsJson, Gpus, check_models
+from headrace.home import StackError, child_environment, connected_settings
+
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port. Default: a free one.")]
+
+
+def migrate(*, as_json: AsJson = False) -> int:
+    """Bring the database to the newest schema."""
+    from headrace import show
+    from headrace.stack import migrate as migrate_database
+
+    migrate_database(connected_settings())
+    if as_json:
+        show.emit({"migrated": True})
+    else:
+        typer.echo("the database is up to date")
+    return SUCCESS
+
+
+def worker(
+    *,
+    model: Annotated[str, typer.Option(help="Model to serve.")] = DEFAULT_MODEL,
+    gpus: Gpus = None,
+    as_json: AsJson = False,
+) -> int:
+    """Serve one model in the foreground. Its log is on stderr; SIGTERM or Ctrl-C drains it."""
+    from headrace import show
+    from jobs.logs import set_up_logging
+    from workers.supervisor import run
+
+    settings = connected_settings()
+    check_models(settings, [model])
+    os.environ.update(child_environment(settings))
+    if as_json:
+        show.emit({"model": model, "pid": os.getpid()})
+    set_up_logging("supervisor")
+    return run(model, gpus)
+
+
+def flower(
+    *,
+    port: Port = None,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    as_json: AsJson = False,
+) -> int:
+    """Show workers and jobs in a browser, behind a password: FLOWER_BASIC_AUTH (user:password), or one made now."""
+    from headrace import flower as page
+    from headrace import show
+
+    if not page.installed():
+        raise StackError('Flower is not installed here: pip install "headrace[flower]"')
+    settings = connected_settings()
+    access = page.grant(port, address)
+    login = {"url": access.url, "user": access.user, "password": access.password}
+    if as_json:
+        show.emit(login)
+    else:
+        show.out().print(show.facts(list(login.items())))
+    os.environ.update(access.environment)
+    page.serve(settings, access.port, address)
+    return SUCCESS
+
+
+def version(*, as_json: AsJson = False) -> int:
+    """Print the version."""
+    import platform
+
+    from headrace import __version__, show
+
+    if as_json:
+        show.emit({"headrace": __version__, "python": platform.python_version()})
+    else:
+        typer.echo(f"headrace {__version__}")
+    return SUCCESS
+
+
+def register(app: Any) -> None:
+    """Put the commands into the application."""
+    for function in (migrate, worker, flower, version):
+        app.command(rich_help_panel="Deployment")(function)

@@ -1,0 +1,163 @@
+"""Real workers for tests: supervisor, engine and consumer as processes, seen from outside, gone without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+
+from headrace import guard
+from jobs.database import Database
+from jobs.leases import Leases, Worker
+from jobs.settings import Settings
+from kit.waiting import wait_until
+
+START_SECONDS = 60.0
+END_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One request that an engine began to compute."""
+
+    job_id: UUID
+    token: UUID  # of the attempt
+    engine_pid: int
+
+
+class WorkerProcesses:
+    """One worker. Its three processes are one process group, by which they are found and ended."""
+
+    def __init__(self, settings: Settings, process: guard.Guarded, folder: Path) -> None:
+        self.log = folder / "log"
+        self._execution_log = folder / "executions"
+        self._process = process
+        self._database = Database(str(settings.database_url), pool_size=1)
+        self._leases = Leases(self._database, settings.lease_seconds)
+
+    @classmethod
+    def launch(cls, settings: Settings, model: str, folder: Path) -> WorkerProcesses:
+        """Start one, and do not wait. Its log, execution log and configuration lie in the folder."""
+        folder.mkdir(parents=True)
+        environment = settings.environment() | {"HEADRACE_CONFIG": str(_write_config(folder, settings.models))}
+        arguments = ["--model", model, "--execution-log", str(folder / "executions")]
+        with (folder / "log").open("ab") as log:
+            process = guard.start(
+                [sys.executable, "-m", "workers.supervisor", *arguments],
+                env=os.environ | environment | {"PYTHONSAFEPATH": "1"},
+                output=log,
+                grace_seconds=END_SECONDS,
+            )
+        return cls(settings, process, folder)
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        """The supervisor. Raises psutil.NoSuchProcess once it has ended."""
+        return psutil.Process(self._process.pid)
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine; waits for it if it is about to be started."""
+        return self._await_member("models.server")
+
+    @property
+    def consumer(self) -> psutil.Process:
+        """The Celery consumer; waits for it if it is about to be started."""
+        return self._await_member("workers.consumer")
+
+    def members(self) -> list[psutil.Process]:
+        """Every process of it that lives."""
+        return [process for process in psutil.process_iter() if self._is_member(process)]
+
+    def lease(self) -> Worker | None:
+        """The running lease of its consumer, the newest if there are several; None before it has one."""
+        pids = {process.pid for process in self.members()}
+        return next((worker for worker in self._leases.list() if worker.pid in pids), None)
+
+    def await_ready(self) -> Worker:
+        """Wait until its lease runs and its engine answers; returns the lease."""
+        return wait_until(self._ready, START_SECONDS, f"a worker that is ready; its log is {self.log}")
+
+    def executions(self) -> list[Execution]:
+        """Every request that its engines began to compute, in order."""
+        if not self._execution_log.exists():
+            return []
+        lines = [json.loads(line) for line in self._execution_log.read_bytes().splitlines()]
+        return [Execution(*map(UUID, line["id"].split("/")), line["pid"]) for line in lines]
+
+    def has_begun(self, *job_ids: UUID) -> bool:
+        """Whether its engine has worked on every one of these."""
+        return set(job_ids) <= {execution.job_id for execution in self.executions()}
+
+    def begin_stop(self) -> None:
+        """SIGTERM to the supervisor; does not wait."""
+        self._process.signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait for the end of all its processes: the supervisor's exit status."""
+        status = self._process.wait(END_SECONDS)
+        self.await_gone()
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes at once, as when a machine is lost."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(END_SECONDS)
+        self.await_gone()
+
+    def await_gone(self) -> None:
+        """Wait until none of its processes lives."""
+        wait_until(lambda: not self.members(), END_SECONDS, "all processes of the worker ended")
+
+    def close(self) -> None:
+        """End it, in whatever state it is."""
+        try:
+            self.kill()
+        finally:
+            self._database.close()
+
+    def _ready(self) -> Worker | None:
+        if not self._process.running:
+            raise AssertionError(f"the worker ended while starting:\n{self.log.read_text()}")
+        lease = self.lease()
+        return lease if lease and lease.ready else None
+
+    def _await_member(self, module: str) -> psutil.Process:
+        def find() -> psutil.Process | None:
+            return next((one for one in self.members() if module in _command(one)), None)
+
+        return wait_until(find, START_SECONDS, f"a process of {module}")
+
+    def _is_member(self, process: psutil.Process) -> bool:
+        try:
+            return os.getpgid(process.pid) == self._process.pid and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+
+def _write_config(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> Path:
+    """`[models.NAME]` tables; strings, numbers and booleans are written in TOML as in JSON."""
+    lines = []
+    for name, table in models.items():
+        lines.append(f"[models.{json.dumps(name)}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    path = folder / "headrace.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
