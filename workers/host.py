@@ -137,6 +137,7 @@ class Host:
             Loop("sweeper", settings.sweep_seconds, sweeper.run_once),
         ]
         self._stop = threading.Event()
+        self._closing = threading.Lock()
         self._listener = threading.Thread(target=self._listen, name="cancel-listener", daemon=True)
         # Set by whoever can start a drain: bulk rows were seen at a heartbeat, message or not.
         self.on_backlog: Callable[[], None] = lambda: None
@@ -171,7 +172,15 @@ class Host:
         timer.start()
 
     def close(self) -> None:
-        """Let what runs end, commit it, say goodbye. What is still held is taken over by another worker at once."""
+        """Let what runs end, commit it, say goodbye. What is still held is taken over by another worker at once.
+
+        May be called from several threads; each returns when it is done.
+        """
+        with self._closing:
+            if not self._stop.is_set():
+                self._close()
+
+    def _close(self) -> None:
         self.start_draining()
         self.hands.wait_empty(self.settings.drain_seconds + self.settings.lease_seconds)
         self._stop.set()

@@ -99,9 +99,12 @@ class _Drain:
 
     def run(self) -> int:
         rows = 0
-        while not self._host.draining.is_set():
+        while True:
             _await_engine(self._host)
-            held = self._claim(self._await_room())
+            room = self._await_room()
+            if self._host.draining.is_set():
+                break
+            held = self._claim(room)
             if not held and not self._wait_for_any():
                 break
             rows += len(held)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kit.waiting import wait_until
 
 from headrace import guard
+from kit.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SLEEP = ["sleep", "600"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 import pytest
-from kit.waiting import wait_until
 
+from kit.waiting import wait_until
 from models.catalog import Catalog, ModelSpec
 from models.client import EngineClient
 from models.protocol import Delta, Ended, EngineError, Event, GenerationRequest, Health, SamplingParams, Started

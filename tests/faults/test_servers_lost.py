@@ -1,0 +1,145 @@
+"""Redis and Postgres that lose, freeze or come back: accepted jobs run, and run once."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+import redis
+
+from headrace.servers import Servers
+from jobs.schema import Job
+from jobs.states import Lane, State
+from jobs.store import Waiting
+from kit.systems import PATIENCE_SECONDS, System
+from kit.waiting import wait_until
+
+PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
+THREADS = 4 + 8
+
+
+def test_queued_jobs_outlive_a_flush_of_redis(own_system: System, own_servers: Servers) -> None:
+    """Messages that FLUSHALL takes are sent again: every job runs, once."""
+    worker = own_system.start("slow")
+    jobs = _submit(own_system, THREADS + 8)
+    wait_until(lambda: len(_in(own_system, State.RUNNING)) == THREADS, PATIENCE_SECONDS, "all threads are busy")
+    assert own_system.producer.dispatcher.depth("slow", Lane.INTERACTIVE, PATIENCE_SECONDS) == 8
+    with redis.Redis.from_url(own_servers.broker_url) as client:
+        client.flushall()
+
+    _assert_all_succeed(own_system, jobs)
+    assert sorted(execution.job_id for execution in worker.executions()) == sorted(job.id for job in jobs)
+
+
+def test_bulk_and_interactive_jobs_outlive_a_restart_of_redis(own_system: System, own_servers: Servers) -> None:
+    """While Redis is down bulk rows drain and submits succeed; when it is back, what was submitted meanwhile runs."""
+    worker = own_system.start("slow")
+    identity = worker.await_ready().id
+    _assert_all_succeed(own_system, _submit(own_system, 1))  # it consumes
+    before = [*_submit(own_system, 3), *_submit_bulk(own_system, 10)]
+    own_servers.redis.stop()
+    meanwhile = [*_submit_bulk(own_system, 10), *_submit(own_system, 3)]
+    bulk = [job for job in [*before, *meanwhile] if job.lane is Lane.BULK]
+    _assert_all_succeed(own_system, bulk)
+    assert own_system.producer.get(meanwhile[-1].id).state is State.QUEUED
+
+    own_servers.redis.start()
+    started_at = time.monotonic()
+    _assert_all_succeed(own_system, [*before, *meanwhile])
+    print(f"interactive jobs done {time.monotonic() - started_at:.1f} s after Redis came back")  # noqa: T201
+    assert worker.await_ready().id == identity
+
+
+def test_a_silent_redis_costs_neither_lease_nor_bulk(own_system: System, own_servers: Servers) -> None:
+    """A Redis that keeps its connections and answers nothing stops no heartbeat and no bulk row."""
+    worker = own_system.start("slow")
+    identity = worker.await_ready().id
+    frozen = psutil.Process(own_servers.redis.pid)
+    frozen.suspend()
+    try:
+        jobs = _submit_bulk(own_system, 40)  # six seconds, two leases
+        _assert_all_succeed(own_system, jobs)
+        assert worker.await_ready().id == identity
+    finally:
+        frozen.resume()
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 4.0], ids=["at-once", "after-the-lease"])
+def test_no_accepted_job_is_lost_when_postgres_crashes(
+    own_system: System, own_servers: Servers, pause_seconds: float
+) -> None:
+    """Postgres is killed while jobs run, and started again, within a lease or later: every job ends once."""
+    own_system.start("slow")
+    jobs = [*_submit(own_system, 8), *_submit_bulk(own_system, 24)]
+    wait_until(lambda: len(_in(own_system, State.SUCCEEDED)) >= 4, PATIENCE_SECONDS, "some have ended")
+    first_read = {job.id: job for job in _in(own_system, State.SUCCEEDED)}
+
+    own_servers.postgres.kill()
+    down_at = time.monotonic()
+    wait_until(lambda: time.monotonic() - down_at >= pause_seconds, PATIENCE_SECONDS, "the pause is over")
+    own_servers.postgres.start()
+    _assert_all_succeed(own_system, jobs)
+    assert {job_id: own_system.producer.get(job_id) for job_id in first_read} == first_read
+
+
+def test_a_message_delivered_a_hundred_times_is_one_execution(system: System) -> None:
+    """Copies of a message, before the job runs, while it runs and after it has ended, change nothing."""
+    worker = system.start("slow")
+    job = system.producer.submit(model="slow", prompt=PROMPT)
+    _deliver(system, job, 50)
+    done = system.wait(job.id)
+    _deliver(system, job, 50)
+    wait_until(lambda: _is_consumed(system), PATIENCE_SECONDS, "every copy was taken")
+    after = system.wait(system.producer.submit(model="slow", prompt="after").id)
+
+    assert after.state is State.SUCCEEDED
+    assert [execution.job_id for execution in worker.executions()] == [job.id, after.id]
+    assert system.producer.get(job.id) == done
+    assert system.look().outcomes(job.id) == ["succeeded"]
+
+
+def test_a_message_that_cannot_be_read_stops_no_job(own_system: System, own_servers: Servers) -> None:
+    """Garbage in the queue may cost the consumer its life, but no job its result."""
+    own_system.start("slow")
+    _assert_all_succeed(own_system, _submit(own_system, 1))  # it consumes
+    jobs = [*_submit(own_system, 4), *_submit_bulk(own_system, 8)]
+    with redis.Redis.from_url(own_servers.broker_url) as client:
+        client.lpush(f"{own_system.settings.key_prefix}:slow.interactive", '{"body": "not the e')
+    jobs += _submit(own_system, 4)
+    _assert_all_succeed(own_system, jobs)
+
+
+# == helpers =====================================================================================================
+
+
+def _submit(system: System, count: int) -> list[Job]:
+    return [system.producer.submit(model="slow", prompt=PROMPT) for _ in range(count)]
+
+
+def _submit_bulk(system: System, count: int) -> list[Job]:
+    return system.producer.submit_many({"model": "slow", "prompt": PROMPT} for _ in range(count))
+
+
+def _in(system: System, state: State) -> list[Job]:
+    return system.producer.list(states=[state], limit=1000)
+
+
+def _assert_all_succeed(system: System, jobs: list[Job]) -> None:
+    """Each with its own text, one result and one bill."""
+    ended = [system.wait(job.id) for job in jobs]
+    assert {(job.state, job.text) for job in ended} == {(State.SUCCEEDED, PROMPT)}
+    ids = [job.id for job in jobs]
+    tables = system.look()
+    assert tables.value("SELECT count(*) FROM ledger WHERE job_id = ANY(%s)", ids) == len(ids)
+    ends = "SELECT count(*) FROM attempts WHERE job_id = ANY(%s) AND outcome = 'succeeded'"
+    assert tables.value(ends, ids) == len(ids)
+
+
+def _deliver(system: System, job: Job, times: int) -> None:
+    copies = [Waiting(job.id, job.model, job.priority)] * times
+    assert system.producer.dispatcher.publish(copies, PATIENCE_SECONDS)
+
+
+def _is_consumed(system: System) -> bool:
+    return system.producer.dispatcher.depth("slow", Lane.INTERACTIVE, PATIENCE_SECONDS) == 0

@@ -1,0 +1,246 @@
+"""Workers that die, hang or wake up late: every job ends once, and what was read stays true."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+from uuid import UUID
+
+from jobs.leases import Worker
+from jobs.schema import Job
+from jobs.states import FINAL, State, WorkerState
+from kit.systems import PATIENCE_SECONDS, System
+from kit.waiting import wait_until
+from kit.workers import WorkerProcesses
+
+MANY = 1000
+PROMPT = "0123456789" * 5  # one second of the slow engine
+LONG = PROMPT * 4
+
+
+def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None:
+    """One worker is killed in the middle and a new one started: every job ends once, is billed once, and stays so."""
+    with _Reader(system) as reader:
+        first = system.start("wide")
+        submitted = _submit_mixed(system, MANY)
+        wait_until(lambda: len(reader.seen) >= MANY // 4, PATIENCE_SECONDS, "a quarter has ended")
+        killed_at = time.monotonic()
+        first.kill()
+        ended_before = dict(reader.seen)
+        second = system.start("wide")
+        wait_until(second.executions, PATIENCE_SECONDS, "the new worker works")
+        print(f"recovered {time.monotonic() - killed_at:.1f} s after the kill")  # noqa: T201
+        system.await_all_ended()
+        wait_until(lambda: len(reader.seen) == MANY, PATIENCE_SECONDS, "every end was read")
+
+    at_the_end = {job.id: job for job in system.producer.list(limit=10 * MANY)}
+    assert at_the_end.keys() == {job.id for job in submitted}
+    assert [job for job in at_the_end.values() if job.state is not State.SUCCEEDED] == []
+    assert at_the_end == reader.seen, "a result changed after it was first read"
+
+    tables = system.look()
+    assert tables.count("ledger") == tables.count("results") == MANY
+    assert tables.value("SELECT count(DISTINCT job_id) FROM ledger") == MANY
+    assert tables.value("SELECT count(*) FROM attempts WHERE ended_at IS NULL") == 0
+    ends = "SELECT job_id FROM attempts WHERE outcome = 'succeeded' GROUP BY job_id HAVING count(*) = 1"
+    assert len(tables.rows(ends)) == MANY
+
+    executed = Counter(execution.job_id for worker in (first, second) for execution in worker.executions())
+    assert {executed[job_id] for job_id in ended_before} == {1}
+    lost = tables.value("SELECT count(*) FROM attempts WHERE outcome = 'lost'")
+    assert 0 < lost < MANY // 4
+    assert sum(executed.values()) <= MANY + lost
+
+
+def test_an_engine_that_is_killed_is_started_again_and_its_jobs_run_again(system: System) -> None:
+    """The engine's death costs its jobs an attempt; consumer and supervisor stay, and the jobs succeed."""
+    worker = system.start("slow")
+    consumer, engine = worker.consumer, worker.engine
+    jobs = _begun(system, worker, count=3)
+
+    engine.kill()
+    _assert_all_succeed(system, jobs, attempts=2)
+    assert worker.engine.pid != engine.pid
+    assert worker.consumer == consumer
+    for job in jobs:
+        assert system.look().outcomes(job.id) == ["retried", "succeeded"]
+    assert {execution.engine_pid for execution in worker.executions()} == {engine.pid, worker.engine.pid}
+
+
+def test_an_engine_that_does_not_answer_is_killed_and_started_again(system: System) -> None:
+    """A frozen engine is noticed after HEADRACE_ENGINE_HANG_SECONDS; the worker keeps its lease meanwhile."""
+    worker = system.start("slow", engine_hang_seconds=3.0)
+    identity, engine = worker.await_ready().id, worker.engine
+    jobs = _begun(system, worker, count=3)
+
+    engine.suspend()
+    wait_until(lambda: not engine.is_running(), PATIENCE_SECONDS, "the engine is killed")
+    _assert_all_succeed(system, jobs, attempts=2)
+    assert worker.await_ready().id == identity
+
+
+def test_a_consumer_that_is_killed_is_started_again_beside_the_same_engine(system: System) -> None:
+    """The consumer's death leaves the engine its model; the jobs run again under the new consumer's lease."""
+    worker = system.start("slow")
+    consumer, engine = worker.consumer, worker.engine
+    jobs = _begun(system, worker, count=3)
+
+    consumer.kill()
+    _assert_all_succeed(system, jobs, attempts=2)
+    assert worker.consumer != consumer
+    assert worker.engine == engine
+    for job in jobs:
+        assert system.look().outcomes(job.id) == ["lost", "succeeded"]
+
+
+def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
+    """When the supervisor is killed its children end by themselves, and another worker does their jobs."""
+    worker = system.start("slow")
+    jobs = _begun(system, worker, count=3)
+
+    worker.supervisor.kill()
+    worker.await_gone()
+    system.start("slow")
+    _assert_all_succeed(system, jobs, attempts=2)
+
+
+def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(system: System) -> None:
+    """A consumer frozen beyond its lease finds its job done by another; its own late result is dropped."""
+    # A third one sweeps: frozen in the middle of that, a worker would hold the only sweeper's lock.
+    workers = [system.launch("slow", lease_seconds=4.0, sweep_seconds=1000.0) for _ in range(2)]
+    for worker in [*workers, system.launch("echo")]:
+        worker.await_ready()
+    job = system.producer.submit(model="slow", prompt=PROMPT * 2)
+    zombie = wait_until(lambda: _who_has_begun(workers, job), PATIENCE_SECONDS, "one of them works on it")
+    other = next(worker for worker in workers if worker is not zombie)
+    consumer, identity = zombie.consumer, _just_renewed(zombie)
+
+    consumer.suspend()
+    first_read = system.wait(job.id)
+    assert first_read.state is State.SUCCEEDED
+    assert other.has_begun(job.id)
+    other.kill()
+    tables = system.look()
+    before = tables.rows("SELECT * FROM attempts ORDER BY started_at"), tables.rows("SELECT * FROM ledger")
+
+    consumer.resume()
+    reborn = wait_until(lambda: _lease_but(zombie, identity), PATIENCE_SECONDS, "the worker has a new lease")
+    assert reborn.pid == consumer.pid
+    assert tables.value("SELECT state FROM workers WHERE id = %s", identity) == WorkerState.DEAD
+    next_job = system.wait(system.producer.submit(model="slow", prompt="next").id)
+    assert next_job.state is State.SUCCEEDED
+    assert zombie.has_begun(next_job.id)
+
+    assert system.producer.get(job.id) == first_read
+    assert tables.outcomes(job.id) == ["lost", "succeeded"]
+    assert tables.rows("SELECT * FROM attempts WHERE job_id = %s ORDER BY started_at", job.id) == before[0]
+    assert tables.rows("SELECT * FROM ledger WHERE job_id = %s", job.id) == before[1]
+
+
+def test_a_job_that_outlives_every_attempt_fails_as_lost(system: System) -> None:
+    """A job whose workers die under it fails after `max_attempts`, saying so, with a bill of zeros."""
+    job = system.producer.submit(model="slow", prompt=LONG, max_attempts=2)
+    for _ in range(2):
+        worker = system.start("slow")
+        wait_until(lambda: worker.has_begun(job.id), PATIENCE_SECONDS, "the job runs")  # noqa: B023
+        worker.kill()
+    system.start("echo")  # sweeps
+    job = system.wait(job.id)
+
+    assert (job.state, job.attempts) == (State.FAILED, 2)
+    assert job.error is not None
+    assert job.error.code == "worker_lost"
+    assert system.look().outcomes(job.id) == ["lost", "lost"]
+    assert system.look().ledger(job.id)["token_dollars"] == 0
+
+
+def test_a_cancelled_job_whose_worker_dies_ends_cancelled(system: System) -> None:
+    """A cancel that its worker does not live to obey is carried out by the sweeper, charging nothing."""
+    worker = system.start("slow")
+    job = _begun(system, worker, prompt=LONG)[0]
+    worker.consumer.suspend()
+    system.producer.cancel(job.id)
+    worker.kill()
+    system.start("echo")  # sweeps
+    job = system.wait(job.id)
+
+    assert (job.state, job.text) == (State.CANCELLED, "")
+    assert system.look().ledger(job.id)["token_dollars"] == 0
+
+
+# == helpers =====================================================================================================
+
+
+def _submit_mixed(system: System, count: int) -> list[Job]:
+    """One in ten alone, the others in bulk."""
+    bulk = system.producer.submit_many(_request(i) for i in range(count - count // 10))
+    with ThreadPoolExecutor(4) as threads:
+        single = threads.map(lambda i: system.producer.submit(**_request(i)), range(count // 10))
+    return [*bulk, *single]
+
+
+def _request(number: int) -> dict[str, Any]:
+    return {"model": "wide", "prompt": f"{number:010d}"}
+
+
+def _begun(system: System, worker: WorkerProcesses, count: int = 1, prompt: str = PROMPT) -> list[Job]:
+    """Jobs that the engine works on, one of them in bulk if there are several."""
+    jobs = [system.producer.submit(model="slow", prompt=prompt) for _ in range(max(1, count - 1))]
+    if count > 1:
+        jobs += system.producer.submit_many([{"model": "slow", "prompt": prompt}])
+    wait_until(lambda: worker.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "the engine works on them")
+    return jobs
+
+
+def _assert_all_succeed(system: System, jobs: list[Job], attempts: int) -> None:
+    ended = [system.wait(job.id) for job in jobs]
+    assert {(job.state, job.text, job.attempts) for job in ended} == {(State.SUCCEEDED, PROMPT, attempts)}
+    assert [system.look().ledger(job.id)["state"] for job in jobs] == ["succeeded"] * len(jobs)
+
+
+def _who_has_begun(workers: list[WorkerProcesses], job: Job) -> WorkerProcesses | None:
+    return next((worker for worker in workers if worker.has_begun(job.id)), None)
+
+
+def _just_renewed(worker: WorkerProcesses) -> UUID:
+    """The worker's id, right after a heartbeat: it is in the middle of no transaction now."""
+    before = worker.await_ready().seconds_left
+
+    def renewed() -> UUID | None:
+        nonlocal before
+        lease = worker.await_ready()
+        before, earlier = lease.seconds_left, before
+        return lease.id if lease.seconds_left > earlier else None
+
+    return wait_until(renewed, PATIENCE_SECONDS, "a heartbeat")
+
+
+def _lease_but(worker: WorkerProcesses, identity: UUID) -> Worker | None:
+    lease = worker.lease()
+    return lease if lease and lease.id != identity else None
+
+
+class _Reader:
+    """Reads every job again and again, and keeps each as it was when it was first seen to have ended."""
+
+    def __init__(self, system: System) -> None:
+        self.seen: dict[UUID, Job] = {}
+        self._system = system
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        while not self._stop.wait(0.2):
+            for job in self._system.producer.list(states=FINAL, limit=10 * MANY):
+                self.seen.setdefault(job.id, job)
