@@ -1,0 +1,77 @@
+# One short command per habit; `make` alone lists them. Another Python: make PYTHON=/path/to/python3.12 ...
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-quick check format bench docs constraints clean
+
+help: ## this list
+	@echo "Headrace: queue-driven, asynchronous inference for open-weight language models"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.installed ## make .venv with the console script .venv/bin/headrace
+
+run: install ## run examples/questions.jsonl through the whole stack and show what came out
+	@mkdir -p out
+	$(BIN)/headrace run examples/questions.jsonl -o out/answers.jsonl --force --show 6
+
+test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; ARGS="..." goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: $(VENV)/.installed-test ## only the tests that need no server and no process
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+check: $(VENV)/.installed-check ## lint, format and types; changes nothing
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.installed-check ## put the source in the one form, and mend what ruff can mend
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+bench: $(VENV)/.installed-test ## measure; each benchmark writes benchmarks/results/NAME.json and prints a table
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.installed ## write docs/settings.md anew from the code
+	$(BIN)/python docs/generate_settings.py
+
+constraints: $(VENV)/.installed-check ## pin what .venv holds now
+	@{ grep '^#' constraints.txt; \
+	  $(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; \
+	} > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove out/, caches and builds; .venv and the stack's data stay
+	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis constraints.new
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- the virtual environment; a stamp says what it holds ----------------------------------------------------------
+
+# The packages we build ourselves are built with pinned versions too.
+$(VENV)/.installed: $(VENV)/.pip pyproject.toml
+	$(PIP_INSTALL) --build-constraint constraints.txt --editable ".[all]"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP_INSTALL) --quiet --group test
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed-test
+	$(PIP_INSTALL) --quiet --group check
+	@touch $@
+
+# The pip that Python brings may be too old for dependency groups.
+$(VENV)/.pip: constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Headrace needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; \
+	  exit 1; \
+	} >&2
+	@$(BIN)/python -c 'import pip' 2> /dev/null || "$(PYTHON)" -m venv --clear $(VENV)
+	$(PIP_INSTALL) --quiet --upgrade pip
+	@touch $@
