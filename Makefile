@@ -23,7 +23,7 @@ run: install ## run examples/questions.jsonl through the whole stack and show wh
 test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; ARGS="..." goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-test-quick: $(VENV)/.installed-test ## only the tests that need no server and no process
+test-quick: $(VENV)/.installed-test ## only tests/unit, which need no server
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 check: $(VENV)/.installed-check ## lint, format and types; changes nothing
@@ -62,8 +62,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --group test
 	@touch $@
 
+# hatchling and editables build us; they are here only so that `make constraints` pins them.
 $(VENV)/.installed-check: $(VENV)/.installed-test
-	$(PIP_INSTALL) --quiet --group check
+	$(PIP_INSTALL) --quiet --group check hatchling editables
 	@touch $@
 
 # The pip that Python brings may be too old for dependency groups.

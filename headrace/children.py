@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from headrace import guard
-from headrace.home import StackError
 from headrace.server_life import Server, last_words
 from headrace.servers import ServerError
+from jobs.home import StackError
 
 RESTART_PAUSES_SECONDS = (1.0, 2.0, 4.0)
 # A program that ran this long had started well: earlier falls no longer count.

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from headrace.home import Home, NoStack, connected_settings
 from headrace.stack import Stack
 from headrace.tellers import Teller
 from headrace.workforce import Workforce
 from jobs.errors import StoreUnavailable
+from jobs.home import DEFAULT_MODEL, Home, NoStack, connected_settings
 from jobs.settings import Settings
 
-DEFAULT_MODEL = "tiny-chat"
 _LOOK_SECONDS = 2.0
 # A model that had a live worker counts as served until none was seen for so many leases: a worker that is started again
 # leaves a gap, and one that was killed looks alive for a lease.

@@ -22,12 +22,12 @@ from sqlalchemy.exc import OperationalError
 
 from headrace import flower
 from headrace.children import Child, Keeper, Program, ServerChild, await_answer
-from headrace.home import Home, NoStack, Record, StackError, StackTaken, child_environment, connected_settings
 from headrace.migrations import upgrade
 from headrace.servers import Servers
 from headrace.tellers import Silent, Teller
 from headrace.workforce import Workforce
 from jobs.errors import StoreUnavailable
+from jobs.home import Home, NoStack, Record, StackError, StackTaken, child_environment, connected_settings
 from jobs.settings import Settings
 
 __all__ = ["NoStack", "Record", "Stack", "StackError", "StackTaken", "connected_settings", "migrate"]

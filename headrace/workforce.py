@@ -9,10 +9,10 @@ from typing import NamedTuple, Self
 from uuid import UUID
 
 from headrace.children import Keeper, Program, await_answer, stop_all
-from headrace.home import Home, StackError, child_environment
 from headrace.tellers import Silent, Teller
 from jobs.database import Database
 from jobs.errors import StoreUnavailable
+from jobs.home import Home, StackError, child_environment
 from jobs.leases import Leases, Worker
 from jobs.settings import Settings
 from jobs.states import WorkerState

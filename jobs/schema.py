@@ -81,19 +81,19 @@ class JobRequest(Frozen):
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     prompt: Prompt | None = None
 
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0, le=MAX_TOKENS)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0, le=MAX_TOKENS)
     """0 is off."""
-    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10, allow_inf_nan=False)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     stop: Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS)] = ()
     ignore_eos: bool = False
 
@@ -101,10 +101,10 @@ class JobRequest(Frozen):
     """Turns of one conversation run in order, each seeing the ones before it that succeeded."""
     idempotency_key: Key | None = None
     """The same key with the same request is the same job."""
-    max_attempts: int | None = Field(None, ge=1, le=100)
-    deadline_seconds: float | None = Field(None, gt=0, le=31_536_000, allow_inf_nan=False)
+    max_attempts: int | None = Field(default=None, ge=1, le=100)
+    deadline_seconds: float | None = Field(default=None, gt=0, le=31_536_000, allow_inf_nan=False)
     """From acceptance to the end; later than that the job ends `expired`."""
-    priority: int = Field(5, ge=0, le=MAX_PRIORITY)
+    priority: int = Field(default=5, ge=0, le=MAX_PRIORITY)
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
 

@@ -4,7 +4,8 @@
         job = producer.submit(model="tiny-chat", messages=[{"role": "user", "content": "What is 12 + 30?"}])
         print(producer.wait(job.id).text)
 
-Thread-safe; make one per process. Needs Postgres to accept; does without Redis, only slower.
+It finds the servers that the settings name, else the stack that is up on this machine. Thread-safe; make one per
+process. Needs Postgres to accept; does without Redis, only slower.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from uuid import UUID
 from jobs.batches import Batches, Line
 from jobs.database import Database
 from jobs.dispatch import Dispatcher
-from jobs.errors import RequestInvalid, SettingsError, WaitTimeout
+from jobs.errors import RequestInvalid, WaitTimeout
+from jobs.home import connected_settings
 from jobs.ids import new_id
 from jobs.leases import Leases
 from jobs.schema import Job, JobRequest
@@ -41,9 +43,8 @@ class Producer:
     """Submits jobs and follows them."""
 
     def __init__(self, settings: Settings | None = None, tenant_id: str = LOCAL_TENANT) -> None:
-        self.settings = settings or Settings.load()
-        if self.settings.database_url is None:
-            raise SettingsError("HEADRACE_DATABASE_URL", "is not set; a producer needs the two servers of a stack")
+        self.settings = connected_settings(settings)
+        assert self.settings.database_url is not None
         self.tenant_id = tenant_id
         self.database = Database(self.settings.database_url, self.settings.store_wait_seconds)
         self.store = Store(self.database)
@@ -78,6 +79,8 @@ class Producer:
         Raises RequestInvalid naming the field at fault, IdempotencyConflict, or StoreUnavailable; after the last one,
         submitting again with the same `job_id` is safe.
         """
+        if request is not None and fields:
+            raise TypeError("submit takes a request or its fields, not both")
         checked = self.validator.check(request or JobRequest.parse(fields))
         accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
         if accepted.created and accepted.state is State.QUEUED:

@@ -21,8 +21,8 @@ from jobs.errors import Fenced, StoreUnavailable
 from jobs.leases import Leases, Load, Renewal
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
-from jobs.states import Lane, State
-from jobs.store import Claim, Settled, Settlement, Store
+from jobs.states import AttemptOutcome, Lane, State
+from jobs.store import Claim, Settled, Settlement, Store, Waiting
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
 from workers.committer import Committer
@@ -285,9 +285,12 @@ class Host:
 
     def _announce(self, settlements: Sequence[Settlement], settled: Settled) -> None:
         """In the committer's thread: what was settled leaves our hands; then whoever waits is told."""
-        lanes = {one.claim.id: one.claim.lane for one in self.hands.all()}
+        interactive = {one.claim.id: one.claim for one in self.hands.all() if one.claim.lane is Lane.INTERACTIVE}
         self.hands.drop([settlement.token for settlement in settlements])
-        ended = [s.id for s in settlements if s.id in settled.done and not s.requeues]
-        self._signals.publish(ENDED, [job_id for job_id in ended if lanes.get(job_id) is Lane.INTERACTIVE])
-        if settled.released:
-            self.dispatcher.publish(settled.released)
+        done = [s for s in settlements if s.id in settled.done and s.id in interactive]
+        self._signals.publish(ENDED, [s.id for s in done if not s.requeues])
+        # What is given back need not wait until a sweeper misses its message.
+        released = [interactive[s.id] for s in done if s.outcome is AttemptOutcome.RELEASED]
+        messages = [*settled.released, *(Waiting(c.id, c.model, c.priority) for c in released)]
+        if messages:
+            self.dispatcher.publish(messages)

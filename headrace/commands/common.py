@@ -10,8 +10,8 @@ from uuid import UUID
 
 import typer
 
-from headrace.home import StackError
 from jobs.errors import HeadraceError
+from jobs.home import StackError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,8 +24,6 @@ FAILURE = 1
 USAGE = 2
 NOT_ALL_SUCCEEDED = 3
 INTERRUPTED = 130
-
-DEFAULT_MODEL = "tiny-chat"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Gpus = Annotated[

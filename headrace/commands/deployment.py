@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from headrace.commands.common import DEFAULT_MODEL, SUCCESS, AsJson, Gpus, check_models
-from headrace.home import StackError, child_environment, connected_settings
+from headrace.commands.common import SUCCESS, AsJson, Gpus, check_models
+from jobs.home import DEFAULT_MODEL, StackError, child_environment, connected_settings
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port. Default: a free one.")]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace.commands.common import DEFAULT_MODEL, NOT_ALL_SUCCEEDED, SUCCESS, AsJson, JobId, open_producer
-from headrace.home import connected_settings
+from headrace.commands.common import NOT_ALL_SUCCEEDED, SUCCESS, AsJson, JobId, open_producer
+from jobs.home import DEFAULT_MODEL, connected_settings
 from jobs.states import State
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import typer
 
 from headrace.commands.common import (
-    DEFAULT_MODEL,
     INTERRUPTED,
     SUCCESS,
     AsJson,
@@ -23,7 +22,7 @@ from headrace.commands.common import (
     check_models,
     interruptible,
 )
-from headrace.home import Home, Record, StackError, StackTaken
+from jobs.home import DEFAULT_MODEL, Home, Record, StackError, StackTaken
 
 if TYPE_CHECKING:
     from jobs.settings import Settings
@@ -95,7 +94,6 @@ def _start_detached(home: Home, arguments: Sequence[str]) -> None:
     holder = home.holder()
     if holder is not None:
         raise StackTaken(f"{home.folder} is in use by {holder}")
-    home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = home.log("stack")
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
         log_start = output.seek(0, os.SEEK_END)

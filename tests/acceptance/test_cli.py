@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.home import Home
+from jobs.home import Home
 from kit.commands import Background, Done, User, user
 
 # `slow` takes a tenth of a second for a character; `other` is the echo engine under a name that nobody serves.

@@ -51,30 +51,30 @@ def system(servers: Any, database_template: str, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def both(system: System) -> dict[str, WorkerProcesses]:
-    """The two workers that most tests need, started side by side."""
-    workers = {model: system.launch(model) for model in ("echo", "slow")}
-    for worker in workers.values():
-        worker.await_ready()
-    return workers
-
-
-@pytest.fixture
-def echo(both: dict[str, WorkerProcesses]) -> WorkerProcesses:
-    """A worker that answers at once."""
-    return both["echo"]
-
-
-@pytest.fixture
-def slow(both: dict[str, WorkerProcesses]) -> WorkerProcesses:
-    """A worker that takes its time, with few slots."""
-    return both["slow"]
+def workers(system: System) -> dict[str, WorkerProcesses]:
+    """The workers that most tests need, on their way: the language model takes longest, and is wanted last."""
+    return {model: system.launch(model) for model in ("echo", "slow", "small-chat")}
 
 
 @pytest.fixture(scope="module")
-def chat(system: System) -> WorkerProcesses:
+def echo(workers: dict[str, WorkerProcesses]) -> WorkerProcesses:
+    """A worker that answers at once."""
+    workers["echo"].await_ready()
+    return workers["echo"]
+
+
+@pytest.fixture(scope="module")
+def slow(workers: dict[str, WorkerProcesses]) -> WorkerProcesses:
+    """A worker that takes its time, with few slots."""
+    workers["slow"].await_ready()
+    return workers["slow"]
+
+
+@pytest.fixture(scope="module")
+def chat(workers: dict[str, WorkerProcesses]) -> WorkerProcesses:
     """A worker with a language model of a small context."""
-    return system.start("small-chat")
+    workers["small-chat"].await_ready()
+    return workers["small-chat"]
 
 
 # == one job =====================================================================================================
@@ -121,7 +121,7 @@ def test_several_choices_are_one_job_and_one_bill(system: System, echo: WorkerPr
     assert [(choice.index, choice.text, choice.finish_reason) for choice in job.choices] == [
         (index, "abcd", "length") for index in range(3)
     ]
-    bill = system.look().ledger(job.id)
+    bill = system.tables.ledger(job.id)
     assert (bill["prompt_tokens"], bill["completion_tokens"]) == (5, 12)
     assert _executed(echo)[job.id] == 1
 
@@ -138,7 +138,7 @@ def test_many_jobs_at_once_each_get_their_own_answer(system: System, echo: Worke
     ids = {job.id for job in jobs}
     executed = _executed(echo)
     assert {executed[job_id] for job_id in ids} == {1}
-    assert system.look().value("SELECT count(*) FROM ledger WHERE job_id = ANY(%s)", list(ids)) == 500
+    assert system.tables.value("SELECT count(*) FROM ledger WHERE job_id = ANY(%s)", list(ids)) == 500
 
 
 # == failure, deadline, cancel ===================================================================================
@@ -158,7 +158,7 @@ def test_a_job_that_the_engine_refuses_fails_and_so_does_its_task(system: System
     assert job.error is not None
     assert job.error.code == "invalid_request"
     assert "300" in job.error.message
-    bill = system.look().ledger(job_id)
+    bill = system.tables.ledger(job_id)
     assert (bill["state"], bill["token_dollars"]) == ("failed", 0)
 
 
@@ -186,7 +186,7 @@ def test_a_deadline_ends_a_running_job_with_what_it_has(system: System, slow: Wo
     _assert_partial(system, job)
 
 
-def test_a_deadline_ends_a_job_that_nobody_serves(system: System, both: object) -> None:
+def test_a_deadline_ends_a_job_that_nobody_serves(system: System, echo: WorkerProcesses) -> None:
     """A job that no worker takes ends `expired` too, by any worker's sweeper, with a bill of zeros."""
     job = system.wait(system.producer.submit(model="leaving", prompt="x", deadline_seconds=0.3).id)
 
@@ -333,23 +333,21 @@ def test_sigterm_finishes_what_runs_and_gives_the_rest_back_uncharged(system: Sy
     system.producer.cancel(cancelled.id)
 
     worker.begin_stop()
-    assert worker.wait() == 0
-
-    tables = system.look()
-    [row] = tables.rows("SELECT * FROM workers WHERE id = %s", identity)
-    assert (row["state"], row["running"]) == (WorkerState.STOPPED, 0)
-    after = [system.producer.get(job.id) for job in jobs]
-    begun = _executed(worker).keys()
-    assert {job.state for job in after if job.id in begun} == {State.SUCCEEDED}
-    assert {(job.state, job.attempts) for job in after if job.id not in begun} == {(State.QUEUED, 0)}
-
-    attempts = tables.rows("SELECT outcome, busy_seconds FROM attempts WHERE worker_id = %s", identity)
-    assert {attempt["outcome"] for attempt in attempts} <= {"cancelled", "succeeded", "released"}
-    assert sum(attempt["busy_seconds"] for attempt in attempts) == pytest.approx(row["busy_seconds"], rel=0.01)
-
-    with closing(system.start("leaving")) as successor:
-        assert {system.wait(job.id).state for job in jobs} == {State.SUCCEEDED}
+    with closing(system.launch("leaving")) as successor:
+        assert worker.wait() == 0
+        finished = [system.wait(job.id) for job in jobs]
+        begun = _executed(worker).keys()
         assert _executed(successor) == {job.id: 1 for job in jobs if job.id not in begun}
+
+    assert {(job.state, job.attempts) for job in finished} == {(State.SUCCEEDED, 1)}
+    [row] = system.tables.rows("SELECT * FROM workers WHERE id = %s", identity)
+    assert (row["state"], row["running"]) == (WorkerState.STOPPED, 0)
+    attempts = system.tables.rows("SELECT * FROM attempts WHERE worker_id = %s", identity)
+    outcomes = {"succeeded": begun - {cancelled.id}, "cancelled": {cancelled.id}}
+    for outcome, ids in outcomes.items():
+        assert {attempt["job_id"] for attempt in attempts if attempt["outcome"] == outcome} == ids
+    assert {attempt["outcome"] for attempt in attempts} <= {*outcomes, "released"}
+    assert sum(attempt["busy_seconds"] for attempt in attempts) == pytest.approx(row["busy_seconds"], rel=0.01)
 
 
 def test_work_longer_than_the_drain_is_given_back_and_finished_elsewhere(system: System) -> None:
@@ -361,15 +359,11 @@ def test_work_longer_than_the_drain_is_given_back_and_finished_elsewhere(system:
     wait_until(lambda: worker.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "all jobs run")
 
     worker.begin_stop()
-    assert worker.wait() == 0
-    tables = system.look()
-    for job in jobs:
-        assert (tables.state(job.id), tables.job(job.id)["attempts"]) == (State.QUEUED, 0)
-        assert tables.outcomes(job.id) == ["released"]
-
-    with closing(system.start("leaving")):
+    with closing(system.launch("leaving")):
+        assert worker.wait() == 0
         finished = [system.wait(job.id) for job in jobs]
-        assert {(job.state, job.attempts, job.text) for job in finished} == {(State.SUCCEEDED, 1, prompt)}
+    assert {(job.state, job.attempts, job.text) for job in finished} == {(State.SUCCEEDED, 1, prompt)}
+    assert {tuple(system.tables.outcomes(job.id)) for job in jobs} == {("released", "succeeded")}
 
 
 # == helpers =====================================================================================================
@@ -403,7 +397,7 @@ def _assert_partial(system: System, job: Job) -> None:
     """Some text, not all; charged by token and by time, in one row."""
     assert LONG.startswith(job.text)
     assert 0 < len(job.text) < len(LONG)
-    bill = system.look().ledger(job.id)
+    bill = system.tables.ledger(job.id)
     assert (bill["state"], bill["completion_tokens"]) == (job.state, len(job.text))
     assert bill["token_dollars"] > 0
     assert bill["busy_seconds"] > 0

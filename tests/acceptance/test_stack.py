@@ -17,8 +17,8 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from headrace.home import Home, Record, StackError
 from headrace.stack import Stack
+from jobs.home import Home, Record, StackError
 from jobs.settings import Settings
 from kit.commands import PATIENCE_SECONDS, Background, User, user
 from kit.homes import temporary_home

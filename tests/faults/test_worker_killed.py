@@ -5,20 +5,31 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 from uuid import UUID
+
+import pytest
 
 from jobs.leases import Worker
 from jobs.schema import Job
 from jobs.states import FINAL, State, WorkerState
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
-from kit.workers import WorkerProcesses
+from kit.workers import START_SECONDS, WorkerProcesses
 
 MANY = 1000
 PROMPT = "0123456789" * 5  # one second of the slow engine
 LONG = PROMPT * 4
+
+
+@pytest.fixture(scope="module")
+def steady(new_system: Callable[..., System]) -> System:
+    """A system with one worker, which several tests harm in turn; it mends itself."""
+    system = new_system(engine_hang_seconds=2.0)
+    system.start("slow")
+    return system
 
 
 def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None:
@@ -41,7 +52,7 @@ def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None
     assert [job for job in at_the_end.values() if job.state is not State.SUCCEEDED] == []
     assert at_the_end == reader.seen, "a result changed after it was first read"
 
-    tables = system.look()
+    tables = system.tables
     assert tables.count("ledger") == tables.count("results") == MANY
     assert tables.value("SELECT count(DISTINCT job_id) FROM ledger") == MANY
     assert tables.value("SELECT count(*) FROM attempts WHERE ended_at IS NULL") == 0
@@ -55,45 +66,40 @@ def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None
     assert sum(executed.values()) <= MANY + lost
 
 
-def test_an_engine_that_is_killed_is_started_again_and_its_jobs_run_again(system: System) -> None:
+def test_an_engine_that_is_killed_is_started_again_and_its_jobs_run_again(steady: System) -> None:
     """The engine's death costs its jobs an attempt; consumer and supervisor stay, and the jobs succeed."""
-    worker = system.start("slow")
+    [worker] = steady.workers
     consumer, engine = worker.consumer, worker.engine
-    jobs = _begun(system, worker, count=3)
+    jobs = _begun(steady, worker, count=3)
 
     engine.kill()
-    _assert_all_succeed(system, jobs, attempts=2)
+    _assert_all_succeed(steady, jobs, ["retried", "succeeded"])
     assert worker.engine.pid != engine.pid
     assert worker.consumer == consumer
-    for job in jobs:
-        assert system.look().outcomes(job.id) == ["retried", "succeeded"]
-    assert {execution.engine_pid for execution in worker.executions()} == {engine.pid, worker.engine.pid}
 
 
-def test_an_engine_that_does_not_answer_is_killed_and_started_again(system: System) -> None:
+def test_an_engine_that_does_not_answer_is_killed_and_started_again(steady: System) -> None:
     """A frozen engine is noticed after HEADRACE_ENGINE_HANG_SECONDS; the worker keeps its lease meanwhile."""
-    worker = system.start("slow", engine_hang_seconds=3.0)
+    [worker] = steady.workers
     identity, engine = worker.await_ready().id, worker.engine
-    jobs = _begun(system, worker, count=3)
+    jobs = _begun(steady, worker, count=3)
 
     engine.suspend()
     wait_until(lambda: not engine.is_running(), PATIENCE_SECONDS, "the engine is killed")
-    _assert_all_succeed(system, jobs, attempts=2)
+    _assert_all_succeed(steady, jobs, ["retried", "succeeded"])
     assert worker.await_ready().id == identity
 
 
-def test_a_consumer_that_is_killed_is_started_again_beside_the_same_engine(system: System) -> None:
+def test_a_consumer_that_is_killed_is_started_again_beside_the_same_engine(steady: System) -> None:
     """The consumer's death leaves the engine its model; the jobs run again under the new consumer's lease."""
-    worker = system.start("slow")
+    [worker] = steady.workers
     consumer, engine = worker.consumer, worker.engine
-    jobs = _begun(system, worker, count=3)
+    jobs = _begun(steady, worker, count=3)
 
     consumer.kill()
-    _assert_all_succeed(system, jobs, attempts=2)
+    _assert_all_succeed(steady, jobs, ["lost", "succeeded"])
     assert worker.consumer != consumer
     assert worker.engine == engine
-    for job in jobs:
-        assert system.look().outcomes(job.id) == ["lost", "succeeded"]
 
 
 def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
@@ -102,9 +108,9 @@ def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
     jobs = _begun(system, worker, count=3)
 
     worker.supervisor.kill()
+    system.launch("slow")
     worker.await_gone()
-    system.start("slow")
-    _assert_all_succeed(system, jobs, attempts=2)
+    _assert_all_succeed(system, jobs, ["retried", "succeeded"])
 
 
 def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(system: System) -> None:
@@ -123,7 +129,7 @@ def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(sy
     assert first_read.state is State.SUCCEEDED
     assert other.has_begun(job.id)
     other.kill()
-    tables = system.look()
+    tables = system.tables
     before = tables.rows("SELECT * FROM attempts ORDER BY started_at"), tables.rows("SELECT * FROM ledger")
 
     consumer.resume()
@@ -140,35 +146,29 @@ def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(sy
     assert tables.rows("SELECT * FROM ledger WHERE job_id = %s", job.id) == before[1]
 
 
-def test_a_job_that_outlives_every_attempt_fails_as_lost(system: System) -> None:
-    """A job whose workers die under it fails after `max_attempts`, saying so, with a bill of zeros."""
-    job = system.producer.submit(model="slow", prompt=LONG, max_attempts=2)
-    for _ in range(2):
-        worker = system.start("slow")
-        wait_until(lambda: worker.has_begun(job.id), PATIENCE_SECONDS, "the job runs")  # noqa: B023
-        worker.kill()
-    system.start("echo")  # sweeps
-    job = system.wait(job.id)
+def test_jobs_whose_workers_die_under_them_end_as_lost_or_cancelled(system: System) -> None:
+    """With no attempt left a job fails and says why; one that was to be cancelled is; neither is charged."""
+    system.launch("echo")  # sweeps
+    workers = [system.launch("slow") for _ in range(2)]
+    doomed = system.producer.submit(model="slow", prompt=LONG, max_attempts=2)
+    first = wait_until(lambda: _who_has_begun(workers, doomed), START_SECONDS, "one of them works on it")
+    [second] = set(workers) - {first}
+    first.kill()
+    wait_until(lambda: second.has_begun(doomed.id), PATIENCE_SECONDS, "the other works on it")
+    cancelled = _begun(system, second, prompt=LONG)[0]
+    second.consumer.suspend()
+    system.producer.cancel(cancelled.id)
+    second.kill()
 
-    assert (job.state, job.attempts) == (State.FAILED, 2)
-    assert job.error is not None
-    assert job.error.code == "worker_lost"
-    assert system.look().outcomes(job.id) == ["lost", "lost"]
-    assert system.look().ledger(job.id)["token_dollars"] == 0
-
-
-def test_a_cancelled_job_whose_worker_dies_ends_cancelled(system: System) -> None:
-    """A cancel that its worker does not live to obey is carried out by the sweeper, charging nothing."""
-    worker = system.start("slow")
-    job = _begun(system, worker, prompt=LONG)[0]
-    worker.consumer.suspend()
-    system.producer.cancel(job.id)
-    worker.kill()
-    system.start("echo")  # sweeps
-    job = system.wait(job.id)
-
-    assert (job.state, job.text) == (State.CANCELLED, "")
-    assert system.look().ledger(job.id)["token_dollars"] == 0
+    doomed, cancelled = system.wait(doomed.id), system.wait(cancelled.id)
+    assert (doomed.state, doomed.attempts, doomed.text) == (State.FAILED, 2, "")
+    assert doomed.error is not None
+    assert doomed.error.code == "worker_lost"
+    assert (cancelled.state, cancelled.attempts, cancelled.text) == (State.CANCELLED, 1, "")
+    for job, outcomes in ((doomed, ["lost", "lost"]), (cancelled, ["lost"])):
+        assert system.tables.outcomes(job.id) == outcomes
+        assert job.cost is not None
+        assert (job.cost.token_dollars, job.cost.machine_dollars) == (0, 0)
 
 
 # == helpers =====================================================================================================
@@ -195,10 +195,13 @@ def _begun(system: System, worker: WorkerProcesses, count: int = 1, prompt: str 
     return jobs
 
 
-def _assert_all_succeed(system: System, jobs: list[Job], attempts: int) -> None:
+def _assert_all_succeed(system: System, jobs: list[Job], outcomes: list[str]) -> None:
+    """Each with its text and one bill, after attempts that ended like these."""
     ended = [system.wait(job.id) for job in jobs]
-    assert {(job.state, job.text, job.attempts) for job in ended} == {(State.SUCCEEDED, PROMPT, attempts)}
-    assert [system.look().ledger(job.id)["state"] for job in jobs] == ["succeeded"] * len(jobs)
+    assert {(job.state, job.text, job.attempts) for job in ended} == {(State.SUCCEEDED, PROMPT, len(outcomes))}
+    for job in jobs:
+        assert system.tables.outcomes(job.id) == outcomes
+        assert system.tables.ledger(job.id)["state"] == "succeeded"
 
 
 def _who_has_begun(workers: list[WorkerProcesses], job: Job) -> WorkerProcesses | None:

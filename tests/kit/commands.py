@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from headrace import cli
-from headrace.home import Home, Record
+from jobs.home import Home, Record
 from kit.homes import temporary_home
 from kit.waiting import wait_until
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 from uuid import UUID
 
+import psycopg
 import redis
 
 from jobs.schema import Job
@@ -42,9 +43,10 @@ class System:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.producer = Producer(settings)
+        self.workers: list[WorkerProcesses] = []
         self._folder = folder
         self._open = ExitStack()
-        self._workers = 0
+        self._tables: Tables | None = None
 
     def __enter__(self) -> Self:
         self._open.callback(self.producer.close)
@@ -61,15 +63,22 @@ class System:
 
     def launch(self, model: str = "echo", **changes: Any) -> WorkerProcesses:
         """The same, on its way."""
-        self._workers += 1
         settings = self.settings.model_copy(update=changes)
-        worker = WorkerProcesses.launch(settings, model, self._folder / f"worker-{self._workers}")
+        worker = WorkerProcesses.launch(settings, model, self._folder / f"worker-{len(self.workers) + 1}")
         self._open.callback(worker.close)
+        self.workers.append(worker)
         return worker
 
-    def look(self) -> Tables:
-        """The tables as they are, over a new connection."""
-        return self._open.enter_context(closing(Tables(str(self.settings.database_url))))
+    @property
+    def tables(self) -> Tables:
+        """The rows as they are; over a new connection if Postgres has dropped the last one."""
+        try:
+            if self._tables is not None and self._tables.value("SELECT 1"):
+                return self._tables
+        except psycopg.OperationalError:
+            pass
+        self._tables = self._open.enter_context(closing(Tables(str(self.settings.database_url))))
+        return self._tables
 
     def wait(self, job_id: UUID) -> Job:
         """The job once it has ended."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import psutil
@@ -37,12 +37,15 @@ class Execution:
 class WorkerProcesses:
     """One worker. Its three processes are one process group, by which they are found and ended."""
 
+    in_use: ClassVar[set[WorkerProcesses]] = set()  # launched and not closed
+
     def __init__(self, settings: Settings, process: guard.Guarded, folder: Path) -> None:
         self.log = folder / "log"
         self._execution_log = folder / "executions"
         self._process = process
         self._database = Database(str(settings.database_url), pool_size=1)
         self._leases = Leases(self._database, settings.lease_seconds)
+        self.in_use.add(self)
 
     @classmethod
     def launch(cls, settings: Settings, model: str, folder: Path) -> WorkerProcesses:
@@ -77,6 +80,10 @@ class WorkerProcesses:
     def members(self) -> list[psutil.Process]:
         """Every process of it that lives."""
         return [process for process in psutil.process_iter() if self._is_member(process)]
+
+    def processes(self) -> set[int]:
+        """The same by pid, with the guard that starts and ends it."""
+        return {self._process._guard.pid, *(process.pid for process in self.members())}
 
     def lease(self) -> Worker | None:
         """The running lease of its consumer, the newest if there are several; None before it has one."""
@@ -125,6 +132,7 @@ class WorkerProcesses:
             self.kill()
         finally:
             self._database.close()
+            self.in_use.discard(self)
 
     def _ready(self) -> Worker | None:
         if not self._process.running:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.children import RESTART_PAUSES_SECONDS, STEADY_SECONDS, Keeper, Program, await_answer, stop_all
-from headrace.home import StackError
+from jobs.home import StackError
 from kit.waiting import wait_until
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace import home as home_module
-from headrace.home import Home, NoStack, Record, StackError, StackTaken, child_environment, connected_settings
+from jobs import home as home_module
+from jobs.home import Home, NoStack, Record, StackError, StackTaken, child_environment, connected_settings
 from jobs.settings import Settings
 
 RECORD = Record(
@@ -148,10 +148,10 @@ def test_a_child_sees_the_same_settings(home: Home, monkeypatch: pytest.MonkeyPa
 
 def test_the_log_of_any_model_is_one_file_in_the_home(home: Home) -> None:
     """A model's name with slashes makes no folders; a log that has grown long is set aside."""
-    with home.hold("up"):
-        log = home.log("worker-/models/a b")
-        assert log.parent == home.folder / "logs"
-        log.write_bytes(b"x" * (home_module._LOG_BYTES + 1))
-        assert home.log("worker-/models/a b") == log
-        assert not log.exists()
-        assert log.with_suffix(".log.old").stat().st_size == home_module._LOG_BYTES + 1
+    log = home.log("worker-/models/a b")
+    assert log.parent == home.folder / "logs"
+    assert home.folder.stat().st_mode & 0o777 == 0o700
+    log.write_bytes(b"x" * (home_module._LOG_BYTES + 1))
+    assert home.log("worker-/models/a b") == log
+    assert not log.exists()
+    assert log.with_suffix(".log.old").stat().st_size == home_module._LOG_BYTES + 1

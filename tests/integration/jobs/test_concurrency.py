@@ -160,7 +160,8 @@ def test_finish_against_the_sweeper(store: Store, database: Database, tables: Ta
         worker = Worker.hire(database)
         claims = [worker.claim(job_id) for job_id in accept_many(store, 10)]
         tables.end_lease(worker.id)
-        settled, _ = all_at_once([partial(settle_one_by_one, worker, claims), partial(store.sweep, [])])
+        settled: set[UUID] = set()
+        all_at_once([partial(settle_one_by_one, worker, claims, settled), partial(store.sweep, [])])
         for claim in claims:
             state = "succeeded" if claim.id in settled else "queued"
             assert tables.state(claim.id) == state
@@ -168,5 +169,6 @@ def test_finish_against_the_sweeper(store: Store, database: Database, tables: Ta
         assert tables.count("ledger") == tables.value("SELECT count(*) FROM jobs WHERE state = 'succeeded'")
 
 
-def settle_one_by_one(worker: Worker, claims: list[Claim]) -> set[UUID]:
-    return {claim.id for claim in claims if claim.id in worker.settle(claim).done}
+def settle_one_by_one(worker: Worker, claims: list[Claim], settled: set[UUID]) -> None:
+    for claim in claims:
+        settled |= worker.settle(claim).done

@@ -187,7 +187,7 @@ def test_claim_whose_reply_was_lost(
 def lose_first_reply(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next piece of work is done and committed, and then its connection fails."""
     honest = database.run
-    lost = []
+    lost: list[object] = []
 
     def run(work: Callable[..., object], **options: bool) -> object:
         def forgetful(connection: object) -> object:

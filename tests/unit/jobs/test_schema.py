@@ -247,7 +247,7 @@ def test_digest_sees_every_other_field(name: str) -> None:
 
 def test_digest_sees_the_prompt() -> None:
     """A text and the tokens that spell it are different prompts."""
-    prompts = ["hi", "hi ", (104, 105)]
+    prompts: list[Any] = ["hi", "hi ", (104, 105)]
     assert len({JobRequest(model="echo", prompt=prompt).digest() for prompt in prompts}) == len(prompts)
 
 

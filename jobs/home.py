@@ -24,6 +24,8 @@ from jobs.errors import HeadraceError
 if TYPE_CHECKING:
     from jobs.settings import Settings
 
+DEFAULT_MODEL = "tiny-chat"
+
 # Whoever looks whether the lock is free holds it, shared, for some microseconds.
 _LOCK_TRIES = 20
 _LOCK_PAUSE_SECONDS = 0.05
@@ -81,7 +83,7 @@ class Home:
     @contextmanager
     def hold(self, command: str) -> Iterator[None]:
         """Be the one stack of this home. Raises StackTaken, naming who is."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make()
         with os.fdopen(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as file:
             if not _acquire(file.fileno()):
                 raise StackTaken(f"{self.folder} is in use by {self.holder() or 'a process that has just ended'}")
@@ -128,17 +130,21 @@ class Home:
 
     def log(self, name: str) -> Path:
         """The log of a program, to append to; a long one is set aside first."""
+        self._make()
         folder = self.folder / "logs"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         log = folder / f"{name.replace('/', '_')}.log"
         if log.exists() and log.stat().st_size > _LOG_BYTES:
             log.replace(log.with_suffix(".log.old"))
         return log
 
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
 
 def connected_settings(settings: Settings | None = None) -> Settings:
     """Settings with both servers: as configured, else those of the stack that is up on the home. Raises NoStack."""
-    from jobs.settings import Settings
+    from jobs.settings import Settings  # its libraries would be most of the time that `headrace --help` takes
 
     own = settings or Settings.load()
     if own.database_url is not None:
