@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 ENDED = "ended"
 CANCEL = "cancel"
-_LISTEN_SECONDS = 1.0
+_LISTEN_SECONDS = 0.2  # also how long a listener takes to stop
 
 UNREACHABLE = (redis.RedisError, OSError)
 

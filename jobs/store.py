@@ -113,6 +113,7 @@ class Swept:
     lost: int = 0  # ended because their worker died and no attempt was left, or they were to be cancelled
     requeued: int = 0  # queued again because their worker died
     expired: int = 0
+    abandoned: int = 0  # came back to the queue although their batch was cancelled
     to_publish: tuple[Waiting, ...] = ()
     ended: tuple[UUID, ...] = field(default=(), repr=False)
 
@@ -122,6 +123,7 @@ class Swept:
             "lost": self.lost,
             "requeued": self.requeued,
             "expired": self.expired,
+            "abandoned": self.abandoned,
             "published_again": len(self.to_publish),
         }
 
@@ -373,6 +375,8 @@ def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
     lost = connection.execute(_END_LOST, {"limit": SWEEP_ROWS}).all()
     requeued = connection.execute(_REQUEUE_LOST, {"limit": SWEEP_ROWS}).all()
     expired = connection.execute(_END_OVERDUE, {"limit": SWEEP_ROWS}).all()
+    abandoned = connection.execute(_END_ABANDONED, {"limit": SWEEP_ROWS}).all()
+    connection.execute(_FINISH_BATCHES)
     released = _release_turns(connection, [*lost, *expired])
     waiting = connection.execute(
         _TO_PUBLISH,
@@ -387,6 +391,7 @@ def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
         lost=len(lost),
         requeued=len(requeued),
         expired=len(expired),
+        abandoned=len(abandoned),
         to_publish=(*released, *(Waiting(row.id, row.model, row.priority) for row in waiting)),
         ended=tuple(row.id for row in [*lost, *expired]),
     )
@@ -686,6 +691,25 @@ WITH held AS (
     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
 """)  # noqa: S608
+
+# Claimed while their batch was being cancelled, and then queued again by a retry.
+_END_ABANDONED = text(f"""
+WITH held AS (
+    SELECT j.id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
+           {_NOTHING_MADE}
+    FROM batches b JOIN jobs j ON j.batch_id = b.id AND j.state = 'queued' AND j.lane = 'bulk'
+    WHERE b.state = 'cancelled' AND b.finished_at > now() - interval '1 day'
+    LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+# A file's batch is finished when its output is handed over; one of `submit_many` when its last row has ended.
+_FINISH_BATCHES = text("""
+UPDATE batches b SET state = 'finished', finished_at = now()
+WHERE b.state = 'running' AND b.source ->> 'kind' = 'submit_many'
+  AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.batch_id = b.id AND j.state = 'queued' AND j.lane = 'bulk')
+  AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.batch_id = b.id AND j.state = 'running')
+""")
 
 _TO_PUBLISH = text("""
 WITH overtaken AS (

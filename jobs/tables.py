@@ -243,6 +243,7 @@ batches = Table(
     _one_of("state", BatchState),
     CheckConstraint("(finished_at IS NOT NULL) = (state IN ('finished', 'cancelled'))", name="finished_when_final"),
     Index("batches_open_idx", "state", postgresql_where=text("finished_at IS NULL")),
+    Index("batches_cancelled_idx", "finished_at", postgresql_where=text("state = 'cancelled'")),
 )
 
 # Lines of a batch's input that could not become jobs.

@@ -6,6 +6,7 @@ Claims, leases and results; I/O only. It ends with its supervisor, whose pipe is
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.load()
     host = Host(settings, options.spec, options.socket, options.alive)
     host.open()
+    # What start-up made stays; the collector need not look through it again and again at thousands of jobs a second.
+    gc.freeze()
     app = worker_app(settings, host)
     worker = app.Worker(
         hostname=f"{options.spec.name.replace('@', '-')}-{host.worker_id.hex[-12:]}@{socket.gethostname()}",

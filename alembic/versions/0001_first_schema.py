@@ -32,6 +32,13 @@ def upgrade() -> None:
     op.create_index(
         "batches_open_idx", "batches", ["state"], unique=False, postgresql_where=sa.text("finished_at IS NULL")
     )
+    op.create_index(
+        "batches_cancelled_idx",
+        "batches",
+        ["finished_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'cancelled'"),
+    )
     op.create_table(
         "conversations",
         sa.Column("tenant_id", sa.Text(), server_default="local", nullable=False),
@@ -272,5 +279,6 @@ def downgrade() -> None:
     op.drop_table("workers")
     op.drop_table("ledger")
     op.drop_table("conversations")
+    op.drop_index("batches_cancelled_idx", table_name="batches", postgresql_where=sa.text("state = 'cancelled'"))
     op.drop_index("batches_open_idx", table_name="batches", postgresql_where=sa.text("finished_at IS NULL"))
     op.drop_table("batches")

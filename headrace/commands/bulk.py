@@ -43,8 +43,8 @@ def run(
     prompt_field: Annotated[
         str | None, typer.Option(metavar="FIELD", help="The lines are no requests: this field of each is the prompt.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer of lines that do not say.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 (greedy) to 2, for lines that do not say.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, whatever a line says.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (greedy) to 2, whatever a line says.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a finished output.")] = False,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Show some questions and answers.")] = 0,
     gpus: Gpus = None,

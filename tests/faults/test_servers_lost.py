@@ -10,7 +10,7 @@ import redis
 
 from headrace.servers import Servers
 from jobs.schema import Job
-from jobs.states import Lane, State
+from jobs.states import Lane, State, WorkerState
 from jobs.store import Waiting
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
@@ -76,6 +76,28 @@ def test_a_silent_redis_costs_neither_lease_nor_bulk(
         frozen.resume()
 
 
+def test_a_worker_ends_cleanly_without_a_word_from_redis(fragile_system: System, own_servers: Servers) -> None:
+    """SIGTERM while Redis is silent: running rows finish, no attempt is charged for nothing, and it says goodbye."""
+    worker = fragile_system.start("other")
+    identity = worker.await_ready().id
+    frozen = psutil.Process(own_servers.redis.pid)
+    frozen.suspend()
+    try:
+        jobs = _submit_bulk(fragile_system, 12, "other")  # nobody brings a message: a heartbeat sees them
+        wait_until(worker.executions, PATIENCE_SECONDS, "the engine works")
+        worker.begin_stop()
+        assert worker.wait() == 0
+    finally:
+        frozen.resume()
+        worker.close()
+
+    after = [fragile_system.producer.get(job.id) for job in jobs]
+    begun = {execution.job_id for execution in worker.executions()}
+    assert {(job.state, job.attempts) for job in after if job.id in begun} == {(State.SUCCEEDED, 1)}
+    assert {(job.state, job.attempts) for job in after if job.id not in begun} == {(State.QUEUED, 0)}
+    assert fragile_system.tables.value("SELECT state FROM workers WHERE id = %s", identity) == WorkerState.STOPPED
+
+
 @pytest.mark.parametrize("pause_seconds", [0.0, 3.2], ids=["at-once", "after-the-lease"])
 def test_no_accepted_job_is_lost_when_postgres_crashes(
     fragile_system: System, own_servers: Servers, worker: WorkerProcesses, pause_seconds: float
@@ -128,8 +150,8 @@ def _submit(system: System, count: int) -> list[Job]:
     return [system.producer.submit(model="slow", prompt=PROMPT) for _ in range(count)]
 
 
-def _submit_bulk(system: System, count: int) -> list[Job]:
-    return system.producer.submit_many({"model": "slow", "prompt": PROMPT} for _ in range(count))
+def _submit_bulk(system: System, count: int, model: str = "slow") -> list[Job]:
+    return system.producer.submit_many({"model": model, "prompt": PROMPT} for _ in range(count))
 
 
 def _in(system: System, state: State) -> list[Job]:

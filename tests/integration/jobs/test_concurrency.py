@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
@@ -161,7 +162,11 @@ def test_finish_against_the_sweeper(store: Store, database: Database, tables: Ta
         claims = [worker.claim(job_id) for job_id in accept_many(store, 10)]
         tables.end_lease(worker.id)
         settled: set[UUID] = set()
-        all_at_once([partial(settle_one_by_one, worker, claims, settled), partial(store.sweep, [])])
+        both: list[Callable[[], object]] = [
+            partial(settle_one_by_one, worker, claims, settled),
+            partial(store.sweep, []),
+        ]
+        all_at_once(both)
         for claim in claims:
             state = "succeeded" if claim.id in settled else "queued"
             assert tables.state(claim.id) == state

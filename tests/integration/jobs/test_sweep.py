@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import text
 
 import jobs.store
-from jobs.batches import Batches, Line
+from jobs.batches import Batch, Batches, Line
 from jobs.database import Database
 from jobs.ids import new_id
-from jobs.states import State, WorkerState
+from jobs.states import BatchState, State, WorkerState
 from jobs.store import Store, Swept, Waiting
 from kit.contract import MODEL, Tables, Worker, accept, request_of
 from kit.threads import all_at_once
@@ -26,6 +26,45 @@ def sweep(store: Store, *empty_queues: str) -> Swept:
 
 def published(swept: Swept) -> set[UUID]:
     return {waiting.id for waiting in swept.to_publish}
+
+
+# == batches ====================================================================================================
+
+
+def _batch_of(batches: Batches, kind: str) -> Batch:
+    batch = batches.open(new_id(), {"kind": kind})
+    batches.take_in(batch, [Line(1, "a", request_of(), 3)], [], start_offset=0, end_offset=1, last_line=1)
+    batches.filled(batch.id)
+    return batch
+
+
+def test_a_batch_of_submit_many_is_finished_with_its_last_row(store: Store, batches: Batches, worker: Worker) -> None:
+    """Nobody comes back for it, so the sweeper closes it; a file's batch waits until its output is handed over."""
+    many, file = _batch_of(batches, "submit_many"), _batch_of(batches, "file")
+    claims = worker.claim_bulk(2)
+    sweep(store)
+    assert batches.get(many.id).state is BatchState.RUNNING
+    for claim in claims:
+        worker.settle(claim)
+    sweep(store)
+    assert batches.get(many.id).state is BatchState.FINISHED
+    assert batches.get(file.id).state is BatchState.RUNNING
+
+
+def test_a_row_that_returns_to_a_cancelled_batch_ends(
+    store: Store, batches: Batches, worker: Worker, tables: Tables
+) -> None:
+    """A row that was claimed while its batch was cancelled, and queued again by a retry, is not left there for ever."""
+    batch = _batch_of(batches, "file")
+    (claim,) = worker.claim_bulk(1)
+    batches.cancel(batch.id)
+    # as if the claim had been committed between the cancel's two steps, and a retry had put the row back
+    tables.execute("UPDATE jobs SET cancel_requested_at = NULL")
+    worker.settle(claim, "retried")
+    assert tables.job(claim.id)["state"] == "queued"
+    assert sweep(store).abandoned == 1
+    assert tables.job(claim.id)["state"] == "cancelled"
+    assert tables.count("ledger") == 1
 
 
 # == dead workers ===============================================================================================
@@ -266,4 +305,4 @@ def test_sweepers_at_once_mend_each_row_once(store: Store, worker: Worker, table
 def test_what_a_sweep_says() -> None:
     """One line of counts, without the ids."""
     swept = Swept(lost=1, requeued=2, expired=3, to_publish=(Waiting(new_id(), MODEL, 5),), ended=(new_id(),))
-    assert swept.log_context() == {"lost": 1, "requeued": 2, "expired": 3, "published_again": 1}
+    assert swept.log_context() == {"lost": 1, "requeued": 2, "expired": 3, "abandoned": 0, "published_again": 1}
