@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from functools import lru_cache
 from uuid import UUID
 
 _TIMESTAMP_BITS = 48
@@ -16,6 +17,7 @@ def new_id() -> UUID:
     return _compose(time.time_ns() // 1_000_000, os.urandom(_RANDOM_BYTES), version=7)
 
 
+@lru_cache(maxsize=4096)  # asked for more than once for each line of the chunk that is being taken in
 def line_id(batch_id: UUID, custom_id: str) -> UUID:
     """The job id of one line of a batch, a UUIDv8: the batch's timestamp, then a digest of batch and `custom_id`.
 

@@ -643,7 +643,13 @@ UPDATE jobs j SET cancel_requested_at = coalesce(cancel_requested_at, now()) FRO
 
 _ONE_SWEEPER = text("SELECT pg_try_advisory_xact_lock(hashtext('headrace.sweeper'))")
 
-_BURY = text("UPDATE workers SET state = 'dead' WHERE state IN ('live', 'draining') AND lease_until < now()")
+# One that is just being renewed, or hangs in doing so, must not hold up the sweep of the others.
+_BURY = text("""
+WITH late AS (
+    SELECT id FROM workers WHERE state IN ('live', 'draining') AND lease_until < now() FOR UPDATE SKIP LOCKED
+)
+UPDATE workers w SET state = 'dead' FROM late WHERE w.id = late.id
+""")
 
 _OF_A_DEAD_WORKER = """
     j.state = 'running'

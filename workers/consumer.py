@@ -81,11 +81,11 @@ def worker_app(settings: Settings, host: Host) -> Celery:
     app.conf.task_queues = [_queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
 
-    @app.task(name=RUN_JOB, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
+    @app.task(name=RUN_JOB, shared=False, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
     def run_job(job_id: str) -> str:
         return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
 
-    @app.task(name=DRAIN)  # type: ignore[untyped-decorator]
+    @app.task(name=DRAIN, shared=False)  # type: ignore[untyped-decorator]
     def drain(_: str) -> str:
         return _or_ignore(lambda: f"{tasks.drain(host)} rows")
 

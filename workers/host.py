@@ -182,7 +182,8 @@ class Host:
 
     def _close(self) -> None:
         self.start_draining()
-        self.hands.wait_empty(self.settings.drain_seconds + self.settings.lease_seconds)
+        # The supervisor grants the drain and a lease; the rest of that is for the goodbye.
+        self.hands.wait_empty(self.settings.drain_seconds + self.settings.lease_seconds / 2)
         self._stop.set()
         for loop in self._loops:
             loop.stop()

@@ -192,7 +192,7 @@ def test_a_deadline_ends_a_job_that_nobody_serves(system: System, echo: WorkerPr
 
     assert (job.state, job.attempts, job.text) == (State.EXPIRED, 0, "")
     assert job.cost is not None
-    assert (job.cost.busy_seconds, job.cost.token_dollars, job.cost.machine_dollars) == (0, 0, 0)
+    assert job.cost.busy_seconds == job.cost.token_dollars == job.cost.machine_dollars == 0
 
 
 def test_cancel_stops_a_running_job_and_keeps_its_text(system: System, slow: WorkerProcesses) -> None:

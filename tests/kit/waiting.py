@@ -11,7 +11,7 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.01
 
 
-def wait_until(predicate: Callable[[], T], timeout_seconds: float, what: str) -> T:
+def wait_until(predicate: Callable[[], T | None], timeout_seconds: float, what: str) -> T:
     """Poll until the predicate holds and return what it gave. Raises TimeoutError that says `what` was awaited."""
     deadline = time.monotonic() + timeout_seconds
     while not (value := predicate()):

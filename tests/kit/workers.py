@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,9 +41,10 @@ class WorkerProcesses:
 
     in_use: ClassVar[set[WorkerProcesses]] = set()  # launched and not closed
 
-    def __init__(self, settings: Settings, process: guard.Guarded, folder: Path) -> None:
+    def __init__(self, settings: Settings, process: guard.Guarded, folder: Path, temporary: Path) -> None:
         self.log = folder / "log"
         self._execution_log = folder / "executions"
+        self._temporary = temporary
         self._process = process
         self._database = Database(str(settings.database_url), pool_size=1)
         self._leases = Leases(self._database, settings.lease_seconds)
@@ -51,16 +54,18 @@ class WorkerProcesses:
     def launch(cls, settings: Settings, model: str, folder: Path) -> WorkerProcesses:
         """Start one, and do not wait. Its log, execution log and configuration lie in the folder."""
         folder.mkdir(parents=True)
-        environment = settings.environment() | {"HEADRACE_CONFIG": str(_write_config(folder, settings.models))}
+        # What a killed supervisor leaves goes with us. A socket's path has to be short, and the folder's may not be.
+        temporary = Path(tempfile.mkdtemp(prefix="headrace-test-"))
+        own = {"HEADRACE_CONFIG": str(_write_config(folder, settings.models)), "TMPDIR": str(temporary)}
         arguments = ["--model", model, "--execution-log", str(folder / "executions")]
         with (folder / "log").open("ab") as log:
             process = guard.start(
                 [sys.executable, "-m", "workers.supervisor", *arguments],
-                env=os.environ | environment | {"PYTHONSAFEPATH": "1"},
+                env=os.environ | settings.environment() | own | {"PYTHONSAFEPATH": "1"},
                 output=log,
                 grace_seconds=END_SECONDS,
             )
-        return cls(settings, process, folder)
+        return cls(settings, process, folder, temporary)
 
     @property
     def supervisor(self) -> psutil.Process:
@@ -99,7 +104,7 @@ class WorkerProcesses:
         if not self._execution_log.exists():
             return []
         lines = [json.loads(line) for line in self._execution_log.read_bytes().splitlines()]
-        return [Execution(*map(UUID, line["id"].split("/")), line["pid"]) for line in lines]
+        return [_execution(line) for line in lines]
 
     def has_begun(self, *job_ids: UUID) -> bool:
         """Whether its engine has worked on every one of these."""
@@ -132,6 +137,7 @@ class WorkerProcesses:
             self.kill()
         finally:
             self._database.close()
+            shutil.rmtree(self._temporary, ignore_errors=True)
             self.in_use.discard(self)
 
     def _ready(self) -> Worker | None:
@@ -162,6 +168,11 @@ def _write_config(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> Path
     path = folder / "headrace.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def _execution(line: dict[str, Any]) -> Execution:
+    job_id, _, token = line["id"].partition("/")
+    return Execution(UUID(job_id), UUID(token), line["pid"])
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -85,7 +85,12 @@ def test_waiting_for_empty_hands_ends_with_the_last_job() -> None:
     reached, held = hands.reach(), hands.reach()
     hands.take(held, [claim(held[0])])
     emptied = threading.Event()
-    waiting = threading.Thread(target=lambda: hands.wait_empty(PATIENCE_SECONDS) and emptied.set())
+
+    def wait() -> None:
+        if hands.wait_empty(PATIENCE_SECONDS):
+            emptied.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     hands.drop(held)
     assert hands.wait_empty(0.0) is False

@@ -84,7 +84,12 @@ def test_no_turn_comes_after_stop() -> None:
 def test_a_loop_can_stop_itself() -> None:
     """A turn that stops its own loop does not wait for itself."""
     turns = Turns()
-    loop = Loop("loop", 0.0, lambda: (turns(), loop.stop()))
+
+    def stop_after_one() -> None:
+        turns()
+        loop.stop()
+
+    loop = Loop("loop", 0.0, stop_after_one)
     loop.start()
     assert turns.enough.wait(PATIENCE_SECONDS)
     assert loop._thread is not None

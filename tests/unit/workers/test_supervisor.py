@@ -312,6 +312,7 @@ def test_a_worker_needs_servers_and_a_known_model(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HEADRACE_BROKER_URL", "redis://nowhere/0")
     with pytest.raises(SettingsError, match="no-such-model"):
         run("no-such-model", None)
+    monkeypatch.setattr(module, "set_up_logging", lambda _: None)  # that of this process is pytest's
     assert main(["--model", "no-such-model"]) == 2
 
 
@@ -338,8 +339,7 @@ def _touch(path: Path, beat: int) -> None:
 
 
 def _pid(child: Child) -> int:
-    process = wait_until(lambda: child.process, PATIENCE_SECONDS, "the child is started")
-    return process.pid
+    return wait_until(lambda: child.process, PATIENCE_SECONDS, "the child is started").pid
 
 
 def _await_another(child: Child, pid: int) -> None:

@@ -1,0 +1,114 @@
+"""What the Celery application of a worker is made of; it is run in the acceptance tests."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery
+from celery.exceptions import Ignore
+from celery.worker.control import Panel
+
+from jobs.dispatch import DRAIN, RUN_JOB
+from jobs.errors import NotFound
+from jobs.ids import new_id
+from jobs.schema import JobRequest
+from jobs.states import AttemptOutcome
+from kit.waiting import wait_until
+from workers.consumer import worker_app
+from workers.tasks import JobFailed
+
+PATIENCE_SECONDS = 10.0
+
+
+@pytest.fixture
+def revoked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """What reached Celery's own revoke."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setitem(Panel.data, "revoke", lambda _, task_id, **options: calls.append((task_id, options)))
+    return calls
+
+
+@pytest.fixture
+def app(host: Any, revoked: object) -> Celery:
+    """The application of that host."""
+    return worker_app(host.settings, host.real())
+
+
+def test_interactive_jobs_and_bulk_have_queues_of_their_own(app: Celery) -> None:
+    """The interactive queue comes first, and no exchange leads to both."""
+    queues = app.conf.task_queues
+    assert [queue.name for queue in queues] == ["echo.interactive", "echo.bulk"]
+    assert [(queue.exchange.name, queue.routing_key) for queue in queues] == [(q.name, q.name) for q in queues]
+
+
+def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery) -> None:
+    """A duplicate is ignored: neither a success nor a failure in the monitor."""
+    with pytest.raises(Ignore):
+        app.tasks[RUN_JOB](str(new_id()))
+
+
+def test_a_failed_job_is_a_failed_task(app: Celery, host: Any) -> None:
+    """The error goes through to Celery, which expects it and prints no traceback."""
+    host.store.waiting = [JobRequest.parse({"model": "echo", "messages": [{"role": "system", "content": "x"}]})]
+    with pytest.raises(JobFailed):
+        app.tasks[RUN_JOB](str(new_id()))
+    assert JobFailed in app.tasks[RUN_JOB].throws
+
+
+def test_a_drain_says_how_many_rows_it_ran(app: Celery, host: Any) -> None:
+    """The bulk task's result is a count; its argument is only for people who watch."""
+    host.store.waiting = [JobRequest(model="echo", prompt="x")] * 3
+    assert app.tasks[DRAIN]("echo") == "3 rows"
+
+
+def test_bulk_rows_are_drained_without_a_message(app: Celery, host: Any) -> None:
+    """Rows seen at a heartbeat are run, once, and not by a worker that stops."""
+    host.store.waiting = [JobRequest(model="echo", prompt="x")] * 3
+    host.draining.set()
+    host.on_backlog()
+    host.draining.clear()
+    with host.drained_by:
+        host.on_backlog()
+    assert host.store.asked == []
+
+    host.on_backlog()
+    wait_until(lambda: len(host.committer.settled) == 3, PATIENCE_SECONDS, "every row has run")
+    assert {settlement.outcome for settlement in host.committer.settled} == {AttemptOutcome.SUCCEEDED}
+    wait_until(lambda: not host.drained_by.locked(), PATIENCE_SECONDS, "the drain is over")
+
+
+def test_a_revoke_cancels_and_never_terminates(
+    app: Celery, host: Any, revoked: list[tuple[Any, dict[str, Any]]]
+) -> None:
+    """Every job named is cancelled; what is no job is passed over; Celery is not asked to end a thread."""
+    cancelled: list[UUID] = []
+    unknown, known = new_id(), new_id()
+
+    def cancel(job_id: UUID) -> None:
+        if job_id == unknown:
+            raise NotFound("no such job")
+        cancelled.append(job_id)
+
+    host.cancel = cancel
+    revoke = Panel.data["revoke"]
+    ids = ["no-id", str(unknown), str(known)]
+    revoke(None, ids, terminate=True, signal="SIGTERM")
+    revoke(None, str(known))
+
+    assert cancelled == [known, known]
+    assert revoked == [
+        (ids, {"terminate": False, "signal": "SIGTERM"}),
+        (str(known), {"terminate": False}),
+    ]
+
+
+def test_celerys_end_drains_the_host(app: Celery, host: Any) -> None:
+    """Before Celery waits for its threads, which wait for jobs, the host is told to let them end."""
+    drained = threading.Event()
+    host.start_draining = drained.set
+    [step] = app.steps["worker"]
+    step(None).close(None)
+    assert drained.is_set()
