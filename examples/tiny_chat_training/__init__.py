@@ -1,0 +1,1 @@
+"""How tiny-chat is made: words, conversations, tokenizer, training, evaluation."""
