@@ -1,4 +1,4 @@
-"""Batches in SQL: a file of any length comes in by COPY, chunk by chunk, and goes out by a server-side cursor."""
+"""Batches in SQL: a file of any length comes in by COPY, chunk by chunk, and goes out some lines at a time."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_public_data_set_as_it_is(system: System, tmp_path: Path) -> None:
 
     assert command.answers() == {f"line-{number}": text for number, text in enumerate(asked, start=1)}
     assert not command.errors.exists()
-    assert system.look().count("ledger") == len(asked) == 7473
+    assert system.tables.count("ledger") == len(asked) == 7473
     assert set(executions(worker).values()) == {1}
 
 
@@ -160,7 +160,7 @@ def test_a_model_that_nobody_serves_gets_a_worker(system: System, tmp_path: Path
 def test_ctrl_c_and_on_again(system: System, tmp_path: Path) -> None:
     """Ctrl-C ends the command at once and says how to go on; so it goes on, and nothing is computed twice."""
     worker = system.start("slow")
-    tables = system.look()
+    tables = system.tables
     command = Command(system, tmp_path, "--prompt-field", "question", "--model", "slow")
     command.ask(300)
     with running(command) as process:
@@ -183,7 +183,7 @@ def test_ctrl_c_and_on_again(system: System, tmp_path: Path) -> None:
 def test_a_killed_command_is_taken_up_again(system: System, tmp_path: Path) -> None:
     """Killed without a chance to say so, its rows run on; the same command collects them."""
     worker = system.start("slow")
-    tables = system.look()
+    tables = system.tables
     command = Command(system, tmp_path, "--prompt-field", "question", "--model", "slow")
     command.ask(200)
     with running(command) as process:
@@ -201,7 +201,7 @@ def test_a_killed_command_is_taken_up_again(system: System, tmp_path: Path) -> N
 def test_a_killed_worker_loses_nothing(system: System, tmp_path: Path) -> None:
     """A worker dies in the middle and another takes over: every line has one answer and one bill."""
     worker = system.start("slow")
-    tables = system.look()
+    tables = system.tables
     command = Command(system, tmp_path, "--prompt-field", "question", "--model", "slow")
     command.ask(300)
     with running(command) as process:
@@ -229,4 +229,4 @@ def test_a_finished_output_needs_force(system: System, tmp_path: Path) -> None:
 
     Command(system, tmp_path, "--prompt-field", "question", "--model", "echo", "--force").run()
     assert command.answers() == questions(3)
-    assert system.look().count("ledger") == 6
+    assert system.tables.count("ledger") == 6
