@@ -29,7 +29,7 @@ Phase = Literal["reading", "running", "writing"]
 
 SAMPLES = 8
 
-_TELL_SECONDS = 0.3
+_TELL_SECONDS = 0.1
 # Counting the rows of a long batch takes Postgres a while: it does so for at most a twentieth of the time.
 _LOOK_MAX_SECONDS = 10.0
 _LOOK_FACTOR = 20
