@@ -6,7 +6,7 @@ A transition that comes too late affects no row. Nobody outside `jobs/` writes S
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -312,17 +312,8 @@ def _requeue(connection: Connection, settlements: Sequence[Settlement]) -> set[U
 
 
 def _cancelled(settlement: Settlement) -> Settlement:
-    return Settlement(
-        settlement.id,
-        settlement.token,
-        AttemptOutcome.CANCELLED,
-        choices=settlement.choices,
-        usage=settlement.usage,
-        timings=settlement.timings,
-        served_by=settlement.served_by,
-        token_dollars=settlement.token_dollars,
-        machine_dollars=settlement.machine_dollars,
-    )
+    """What it made is kept; that it would have run again is not the owner's error."""
+    return replace(settlement, outcome=AttemptOutcome.CANCELLED, error=None, retry_after_seconds=None)
 
 
 def _document(settlements: Sequence[Settlement]) -> dict[str, str]:
