@@ -1,6 +1,6 @@
 """What is the same in every engine: intake, order, deadlines, cancelling, the split of time, the events.
 
-An engine adds the forward pass (`_forward`) and says how many rows may join the next step (`_room`).
+An engine adds the forward pass (`_forward`), and a scheduler that says which rows take part in it.
 """
 
 import heapq
@@ -25,6 +25,7 @@ from models.protocol import (
     check_request,
 )
 from models.rows import Advance, Flight, Row
+from models.scheduler import Plan, Scheduler, Work
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class BaseEngine(ABC):
     def __init__(
         self,
         spec: ModelSpec,
+        scheduler: Scheduler,
         *,
         device: str,
         vocab_tokens: int,
@@ -42,13 +44,12 @@ class BaseEngine(ABC):
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         self._spec = spec
+        self._scheduler = scheduler
         self._device = device
         self._vocab_tokens = vocab_tokens
         self._context_tokens = context_tokens
         self._decode = decode
         self._flights: dict[str, Flight] = {}  # every request that has not ended
-        self._waiting: list[tuple[int, int, Row]] = []  # heap of (priority, arrival, row)
-        self._running: list[Row] = []  # replaced, never changed: `health` reads it from another thread
         self._deadlines: list[tuple[float, int, Flight]] = []  # heap; may hold flights that have ended
         self._cancelled: list[Flight] = []  # since the last step
         self._arrivals = itertools.count()
@@ -58,12 +59,8 @@ class BaseEngine(ABC):
         self._started_at = time.time()
 
     @abstractmethod
-    def _room(self) -> int:
-        """How many waiting rows may join the next step."""
-
-    @abstractmethod
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
-        """One pass over the running rows; one `Advance` for each. May raise: then all of them fail."""
+    def _forward(self, plan: Plan) -> list[Advance]:
+        """One pass over the rows of the plan; one `Advance` for each. May raise: then all of them fail."""
 
     def _recover(self) -> None:  # noqa: B027  an engine without state has nothing to do
         """After a failed pass: drop what it left behind. Raises if no pass can ever succeed again."""
@@ -79,7 +76,7 @@ class BaseEngine(ABC):
         flight = Flight(request, time.monotonic(), self._decode)
         self._flights[request.id] = flight
         for row in flight.rows:
-            heapq.heappush(self._waiting, (request.priority, next(self._arrivals), row))
+            self._scheduler.add(row)
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (flight.deadline_at, next(self._arrivals), flight))
 
@@ -97,9 +94,9 @@ class BaseEngine(ABC):
         self._step_began = began = time.monotonic()
         try:
             events = self._end_stopped(began)
-            self._admit()
-            if self._running:
-                events += self._run(began)
+            plan = self._scheduler.plan()
+            if plan.works:
+                events += self._run(plan, began)
             return events
         finally:
             self._step_began = None
@@ -119,8 +116,8 @@ class BaseEngine(ABC):
             device=self._device,
             slots=self._spec.slots,
             context_tokens=self._context_tokens,
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=len(self._scheduler.running),
+            waiting=self._scheduler.waiting,
             steps=self._steps,
             busy_seconds=self._busy_seconds,
             step_seconds=None if began is None else time.monotonic() - began,
@@ -130,7 +127,8 @@ class BaseEngine(ABC):
 
     def close(self) -> None:
         """See `Engine`."""
-        self._flights, self._waiting, self._running, self._deadlines = {}, [], [], []
+        self._end([(flight, "cancelled") for flight in list(self._flights.values())])
+        self._deadlines = []
         self._recover()
 
     def _end_stopped(self, now: float) -> list[Event]:
@@ -145,38 +143,32 @@ class BaseEngine(ABC):
     def _is_open(self, flight: Flight) -> bool:
         return self._flights.get(flight.request.id) is flight
 
-    def _admit(self) -> None:
-        """Move rows from waiting to running, by priority, then by arrival."""
-        room = min(self._room(), len(self._waiting))
-        if room > 0:
-            self._running = [*self._running, *(heapq.heappop(self._waiting)[-1] for _ in range(room))]
-
-    def _run(self, began: float) -> list[Event]:
-        """The pass itself: advance every running row, split the time, end what is over."""
-        rows = self._running
-        events = self._start(rows, began)
-        advances, deltas = self._advance(rows)
+    def _run(self, plan: Plan, began: float) -> list[Event]:
+        """The pass itself: advance every row of the plan, split the time, end what is over."""
+        events = self._start(plan.works, began)
+        advances, deltas = self._advance(plan)
         self._split(time.monotonic() - began, advances)
         for advance in advances:
             advance.row.flight.failure = advance.row.flight.failure or advance.failure
+        rows = [advance.row for advance in advances]
+        self._scheduler.drop([row for row in rows if row.finish_reason])
         over = dict.fromkeys(row.flight for row in rows if row.flight.is_over)
         ended = self._end((flight, "failed" if flight.failure else "succeeded") for flight in over)
-        self._running = [row for row in self._running if row.finish_reason is None]
         return [*events, *deltas, *ended]
 
-    def _advance(self, rows: Sequence[Row]) -> tuple[list[Advance], list[Delta]]:
+    def _advance(self, plan: Plan) -> tuple[list[Advance], list[Delta]]:
         """The forward pass and its text; if it fails, all its rows do, and the engine lives on."""
         try:
-            advances = self._forward(rows)
+            advances = self._forward(plan)
             return advances, [delta for advance in advances for delta in self._apply(advance)]
         except Exception as error:
-            log.exception("a step over %d rows failed", len(rows))
+            log.exception("a step over %d rows failed", len(plan.works))
             failure = self._failure(error)
         self._recover()  # not in the handler: there the error's frames still hold the step's tensors
-        return [Advance(row, 1, failure=failure) for row in rows], []
+        return [Advance(work.row, work.tokens, failure=failure) for work in plan.works], []
 
-    def _start(self, rows: Sequence[Row], now: float) -> list[Event]:
-        fresh = dict.fromkeys(row.flight for row in rows if row.flight.started_at is None)
+    def _start(self, works: Sequence[Work], now: float) -> list[Event]:
+        fresh = dict.fromkeys(work.row.flight for work in works if work.row.flight.started_at is None)
         for flight in fresh:
             flight.started_at = now
         return [Started(flight.request.id) for flight in fresh]
@@ -203,13 +195,11 @@ class BaseEngine(ABC):
     def _end(self, ends: Iterable[tuple[Flight, Outcome]]) -> list[Event]:
         """Close these flights and forget their rows."""
         now = time.monotonic()
-        ended: list[Event] = [self._close_flight(flight, outcome, now) for flight, outcome in ends]
-        if ended:
-            self._waiting = [entry for entry in self._waiting if entry[-1].finish_reason is None]
-            heapq.heapify(self._waiting)
-            self._running = [row for row in self._running if row.finish_reason is None]
-        return ended
+        return [self._close_flight(flight, outcome, now) for flight, outcome in ends]
 
     def _close_flight(self, flight: Flight, outcome: Outcome, now: float) -> Ended:
+        unfinished = [row for row in flight.rows if row.finish_reason is None]
+        ended = flight.end(outcome, now)
+        self._scheduler.drop(unfinished)
         del self._flights[flight.request.id]
-        return flight.end(outcome, now)
+        return ended

@@ -5,12 +5,12 @@ whole answer, so that the queue around it is what is measured.
 """
 
 import time
-from collections.abc import Sequence
 
 from models.base import BaseEngine
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
 from models.rows import Advance, Row
+from models.scheduler import Plan, SlotScheduler
 
 
 class EchoEngine(BaseEngine):
@@ -20,20 +20,18 @@ class EchoEngine(BaseEngine):
         prompt_format = load_prompt_format(spec)
         super().__init__(
             spec,
+            SlotScheduler(spec.slots),
             device=device,
             vocab_tokens=prompt_format.vocab_tokens,
             context_tokens=prompt_format.context_tokens,
             decode=prompt_format.decode,
         )
 
-    def _room(self) -> int:
-        return self._spec.slots - len(self._running)
-
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
+    def _forward(self, plan: Plan) -> list[Advance]:
         if self._spec.seconds_per_token:
             time.sleep(self._spec.seconds_per_token)
-            return [_echo(row, 1) for row in rows]
-        return [_echo(row, row.flight.request.sampling.max_tokens) for row in rows]
+            return [_echo(work.row, 1) for work in plan.works]
+        return [_echo(work.row, work.row.tokens_to_come) for work in plan.works]
 
 
 def _echo(row: Row, tokens: int) -> Advance:

@@ -54,6 +54,11 @@ class KVPool:
             source, target = torch.tensor(copies, device=tensor.device).T
             tensor[target] = tensor[source]
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero these blocks: a NaN that stays behind would spread, masked or not."""
+        for tensor in (*self.keys, *self.values):
+            tensor[torch.tensor(blocks, device=tensor.device, dtype=torch.long)] = 0
+
 
 def blocks_in(budget_bytes: int, layers: Sequence[LayerShape], block_tokens: int) -> int:
     """How many blocks fit into this memory."""

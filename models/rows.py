@@ -15,6 +15,7 @@ from models.protocol import (
     Timings,
     Usage,
 )
+from models.blocks import Lease
 from models.text import TextStream
 
 _UNFINISHED: dict[Outcome, FinishReason] = {"cancelled": "cancelled", "expired": "deadline", "failed": "error"}
@@ -30,10 +31,41 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # None while it runs or waits
     told_tokens: int = 0  # those that a Delta has carried
+    # -- set by the scheduler --
+    sequence: list[int] = field(init=False)  # prompt and generated tokens
+    rank: tuple[int, int] = (0, 0)  # priority and arrival
+    lease: Lease | None = None  # its blocks of the KV pool while it runs
+    computed_tokens: int = 0  # how many of `sequence` have keys and values there
+
+    def __post_init__(self) -> None:
+        """It begins as its prompt."""
+        self.sequence = list(self.flight.request.prompt_token_ids)
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens to put through the model before the next can be chosen; 1 while it decodes."""
+        return len(self.sequence) - self.computed_tokens
+
+    @property
+    def tokens_to_come(self) -> int:
+        """How many it may still write."""
+        return self.flight.request.sampling.max_tokens - len(self.token_ids)
+
+    @property
+    def prompt_is_computed(self) -> bool:
+        """Whether it once was; the row may have been preempted since."""
+        return bool(self.token_ids) or self.computed_tokens >= len(self.flight.request.prompt_token_ids)
+
+    def join(self, lease: Lease, cached_tokens: int) -> None:
+        """It runs from here on, with these tokens known already. Those of the prompt count for its owner, once."""
+        self.lease, self.computed_tokens = lease, cached_tokens
+        if self.index == 0 and self.flight.started_at is None:
+            self.flight.cached_tokens = cached_tokens
 
     def take(self, advance: "Advance") -> str:
         """Add a step's tokens; returns the text they settle. May finish the row."""
         self.token_ids.extend(advance.token_ids)
+        self.sequence.extend(advance.token_ids)
         text = "" if advance.silent else self.stream.push(advance.token_ids)
         if advance.ended or self.stream.stopped:
             self.finish_reason = "stop"

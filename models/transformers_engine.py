@@ -1,78 +1,112 @@
-"""The first engine for real models: micro-batches of whatever is waiting, through Hugging Face forwards.
+"""The engine for real models: continuous batching over a paged KV pool, through Hugging Face models.
 
-Up to `slots` waiting rows form a batch: their prompts are padded on the left and prefilled together, then every step
-decodes one token for each row. Rows that end leave; rows that arrive wait until the batch is done.
+A step, from top to bottom: the scheduler plans (`models.scheduler`), the runner computes (`models.runner`), the sampler
+chooses (`models.sampling`), `models.base` turns tokens into text and ends what is over.
 """
 
-import inspect
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from models.attention import Reference
 from models.base import BaseEngine
+from models.blocks import BlockPool
 from models.catalog import ModelSpec
+from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
-from models.prompt import PromptError, load_prompt_format
+from models.prompt import PromptError, PromptFormat, load_prompt_format
 from models.protocol import Event, Failure, ModelLoadError
 from models.rows import Advance, Row
+from models.runner import Runner, check_attention, layer_shapes
 from models.sampling import Sampler, sample
+from models.scheduler import BlockScheduler, Plan, StepBudget, Work
 
+log = logging.getLogger(__name__)
+
+_BLOCK_TOKENS = 16
 _NAN_LOGITS = Failure("nan_logits", "the model's output for this request is not a number", retryable=True)
 
 
-class TransformersEngine(BaseEngine):
-    """One batch at a time. A fault in a step costs the requests of that batch, no others."""
+def load_transformers_engine(spec: ModelSpec, device: str | None = None) -> "TransformersEngine":
+    """Load the model of the spec and check that it can be served. Raises `ModelLoadError`."""
+    try:
+        prompt_format = load_prompt_format(spec)
+    except PromptError as error:
+        raise ModelLoadError(f"model {spec.name}: {error}") from error
+    device = choose_device(device)
+    return TransformersEngine(spec, load_model(spec, device), prompt_format)
 
-    def __init__(self, spec: ModelSpec, device: str | None = None) -> None:
-        try:
-            prompt_format = load_prompt_format(spec)
-        except PromptError as error:
-            raise ModelLoadError(f"model {spec.name}: {error}") from error
-        device = choose_device(device)
-        self._model = load_model(spec, device)
-        self._eos_token_ids = eos_token_ids(self._model, prompt_format)
-        self._batch: Batch | None = None
+
+class TransformersEngine(BaseEngine):
+    """A model with its KV pool. A fault costs only the row that causes it."""
+
+    def __init__(self, spec: ModelSpec, model: PreTrainedModel, prompt_format: PromptFormat) -> None:
+        shapes = layer_shapes(model, spec.name)
+        context_tokens = prompt_format.context_tokens
+        blocks = pool_blocks(spec, shapes, context_tokens)
+        self._blocks = BlockPool(blocks, _BLOCK_TOKENS)
+        self._pool = KVPool(shapes, blocks, _BLOCK_TOKENS)
+        self._runner = Runner(model, self._pool, Reference())
+        check_attention(model, self._runner, self._blocks, spec.name)
+        self._samplers: dict[Row, Sampler] = {}
+        self._eos_token_ids = eos_token_ids(model, prompt_format)
+        self._budget = _step_budget(model.device)
         super().__init__(
             spec,
-            device=device,
-            vocab_tokens=self._model.config.get_text_config().vocab_size,
-            context_tokens=prompt_format.context_tokens,
+            BlockScheduler(self._blocks, self._budget, spec.slots),
+            device=model.device.type,
+            vocab_tokens=model.config.get_text_config().vocab_size,
+            context_tokens=min(context_tokens, blocks * _BLOCK_TOKENS),
             decode=prompt_format.decode,
         )
+        _announce(spec, shapes, blocks, context_tokens)
 
     def step(self) -> list[Event]:
         """See `Engine`."""
         events = super().step()
-        if not self._running:
-            self._batch = None  # an idle engine holds no cache
+        self._samplers = {row: sampler for row, sampler in self._samplers.items() if row.finish_reason is None}
+        if not self.has_work() and self._blocks.used:
+            raise AssertionError(f"{self._blocks.used} blocks of the KV pool are held by nobody")
         return events
 
-    def _room(self) -> int:
-        return 0 if self._running else self._spec.slots
+    def _forward(self, plan: Plan) -> list[Advance]:
+        self._pool.copy_blocks(plan.copies)
+        works = sorted(plan.works, key=lambda work: work.tokens > 1)
+        began = time.monotonic()
+        advances = self._compute(works)
+        self._budget.observe(sum(work.tokens for work in works), time.monotonic() - began)
+        return advances
 
-    @torch.inference_mode()
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
-        if self._batch is None or not rows[0].token_ids:  # rows join all together, so the first speaks for all
-            self._batch = Batch(self._model, rows, self._vocab_tokens)
-        batch = self._batch
-        batch.drop_ended()
-        logits = batch.forward()  # (rows of the batch, vocab)
-        sound = logits.amax(dim=-1).isfinite()  # (rows of the batch,); false for NaN, which amax passes on
-        token_ids = batch.choose(logits.masked_fill(~sound.unsqueeze(-1), 0.0))
-        return [
-            self._next(row, token_id) if is_sound else Advance(row, _work(row), failure=_NAN_LOGITS)
-            for row, token_id, is_sound in zip(batch.rows, token_ids, sound.tolist(), strict=True)
-            if row.finish_reason is None
-        ]
+    def _compute(self, works: Sequence[Work]) -> list[Advance]:
+        """Run them together; if that fails, in halves, down to the one that is to blame."""
+        try:
+            return self._choose(works, self._runner.run(works))
+        except Exception as error:
+            failure = self._failure(error)
+            log.warning("a step over %d rows failed: %s", len(works), failure.message, exc_info=error)
+        self._recover()  # not in the handler: there the error's frames still hold the step's tensors
+        if failure.code == "out_of_memory":
+            self._budget.halve()
+            works = _smaller(works)
+        if len(works) == 1:
+            return [Advance(works[0].row, works[0].tokens, failure=failure)]
+        half = len(works) // 2
+        return self._compute(works[:half]) + self._compute(works[half:])
 
-    def _next(self, row: Row, token_id: int) -> Advance:
-        ended = token_id in self._eos_token_ids and not row.flight.request.sampling.ignore_eos
-        return Advance(row, _work(row), (token_id,), ended=ended, silent=ended)
+    def _choose(self, works: Sequence[Work], logits: Tensor) -> list[Advance]:
+        """The next token of each row whose last token was computed; `logits` is (outputs of all works, vocab)."""
+        ends = list(itertools.accumulate(work.outputs for work in works))
+        choosing = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.chooses]
+        sound = self._sound(choosing, logits)
+        self._scheduler.done([work for work in works if not work.chooses or work in sound])
+        ...
+
+    def _next(self, ...)
 
     def _recover(self) -> None:
-        self._batch = None
         if self._device == "cuda":
             torch.cuda.synchronize()  # raises if the device itself is broken: then the process must end
             torch.cuda.empty_cache()
@@ -80,63 +114,3 @@ class TransformersEngine(BaseEngine):
     def _failure(self, error: Exception) -> Failure:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         return Failure("out_of_memory", str(error), retryable=True) if out_of_memory else super()._failure(error)
-
-
-def _work(row: Row) -> int:
-    """Tokens this step put through the model: the prompt, and after that one at a time."""
-    return 1 if row.token_ids else len(row.flight.request.prompt_token_ids)
-
-
-class Batch:
-    """Rows computed together, and their keys and values.
-
-    Padding on the left keeps every row's newest token in the last column, whatever the lengths.
-    """
-
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Row], vocab_tokens: int) -> None:
-        self.rows = list(rows)
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
-        prompts = [row.flight.request.prompt_token_ids for row in rows]
-        width = max(map(len, prompts))
-        device = model.device
-        self._input = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        self._mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)  # all three (rows, width), decoding (rows, 1)
-        self._samplers = [
-            Sampler(row.flight.request.sampling, row.index, ids, vocab_tokens, str(device))
-            for row, ids in zip(rows, prompts, strict=True)
-        ]
-
-    def drop_ended(self) -> None:
-        """Once half of the rows have ended, keep the others only: copying the cache must be worth it."""
-        live = [at for at, row in enumerate(self.rows) if row.finish_reason is None]
-        if 2 * len(live) > len(self.rows):
-            return
-        kept = torch.tensor(live, device=self._input.device)
-        self.rows = [self.rows[at] for at in live]
-        self._samplers = [self._samplers[at] for at in live]
-        self._cache.batch_select_indices(kept)
-        self._input, self._mask, self._positions = self._input[kept], self._mask[kept], self._positions[kept]
-
-    def forward(self) -> Tensor:
-        """Run the rows' new tokens; returns (rows, vocab), the logits of the token that follows each row."""
-        optional = {"position_ids": self._positions, "logits_to_keep": 1}
-        output = self._model(
-            input_ids=self._input,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value for name, value in optional.items() if name in self._accepted},
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def choose(self, logits: Tensor) -> list[int]:
-        """The next token of each row, which is also the next step's input."""
-        token_ids = sample(logits, self._samplers)
-        self._input = torch.tensor(token_ids, device=self._input.device).unsqueeze(-1)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), 1)], dim=-1)
-        self._positions = self._positions[:, -1:] + 1
-        return token_ids
