@@ -4,7 +4,10 @@ A step, from top to bottom: the scheduler plans (`models.scheduler`), the runner
 chooses (`models.sampling`), `models.base` turns tokens into text and ends what is over.
 """
 
+import itertools
 import logging
+import os
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,12 +24,12 @@ from models.prompt import PromptError, PromptFormat, load_prompt_format
 from models.protocol import Event, Failure, ModelLoadError
 from models.rows import Advance, Row
 from models.runner import Runner, check_attention, layer_shapes
-from models.sampling import Sampler, sample
+from models.sampling import Sampler, logprobs, sample
 from models.scheduler import BlockScheduler, Plan, StepBudget, Work
 
 log = logging.getLogger(__name__)
 
-_BLOCK_TOKENS = 16
+BLOCK_TOKENS = 16
 _NAN_LOGITS = Failure("nan_logits", "the model's output for this request is not a number", retryable=True)
 
 
@@ -47,8 +50,8 @@ class TransformersEngine(BaseEngine):
         shapes = layer_shapes(model, spec.name)
         context_tokens = prompt_format.context_tokens
         blocks = pool_blocks(spec, shapes, context_tokens)
-        self._blocks = BlockPool(blocks, _BLOCK_TOKENS)
-        self._pool = KVPool(shapes, blocks, _BLOCK_TOKENS)
+        self._blocks = BlockPool(blocks, BLOCK_TOKENS)
+        self._pool = KVPool(shapes, blocks, BLOCK_TOKENS)
         self._runner = Runner(model, self._pool, Reference())
         check_attention(model, self._runner, self._blocks, spec.name)
         self._samplers: dict[Row, Sampler] = {}
@@ -59,7 +62,7 @@ class TransformersEngine(BaseEngine):
             BlockScheduler(self._blocks, self._budget, spec.slots),
             device=model.device.type,
             vocab_tokens=model.config.get_text_config().vocab_size,
-            context_tokens=min(context_tokens, blocks * _BLOCK_TOKENS),
+            context_tokens=min(context_tokens, blocks * BLOCK_TOKENS),
             decode=prompt_format.decode,
         )
         _announce(spec, shapes, blocks, context_tokens)
@@ -99,12 +102,68 @@ class TransformersEngine(BaseEngine):
     def _choose(self, works: Sequence[Work], logits: Tensor) -> list[Advance]:
         """The next token of each row whose last token was computed; `logits` is (outputs of all works, vocab)."""
         ends = list(itertools.accumulate(work.outputs for work in works))
-        choosing = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.chooses]
-        sound = self._sound(choosing, logits)
-        self._scheduler.done([work for work in works if not work.chooses or work in sound])
-        ...
+        unsound = self._unsound(works, ends, logits)
+        computed = [work for work in works if work not in unsound]
+        self._scheduler.done(computed)
+        choosing = {work: end - 1 for work, end in zip(works, ends, strict=True) if work.chooses and work in computed}
+        chosen = self._sample(list(choosing), list(choosing.values()), logits) if choosing else {}
+        for work, end in zip(works, ends, strict=True):
+            if work.row.wants_prompt_logprobs and work not in unsound:
+                self._note_prompt(work, logits[end - work.outputs : end])
+        failed = [Advance(work.row, work.tokens, failure=_NAN_LOGITS) for work in unsound]
+        return [chosen.get(work) or Advance(work.row, work.tokens) for work in computed] + failed
 
-    def _next(self, ...)
+    def _unsound(self, works: Sequence[Work], ends: Sequence[int], logits: Tensor) -> list[Work]:
+        """Works with an output that is no number. What they left in the pool is wiped: masked or not, it would spread."""
+        sound = logits.amax(dim=-1).isfinite().tolist() if len(logits) else []  # amax passes NaN on
+        if all(sound):
+            return []
+        spoilt = [work for work, end in zip(works, ends, strict=True) if not all(sound[end - work.outputs : end])]
+        for work in spoilt:
+            lease = work.row.lease
+            self._pool.clear(lease.blocks[len(lease.nodes) :] if lease else ())
+        return spoilt
+
+    def _sample(self, works: Sequence[Work], places: Sequence[int], logits: Tensor) -> dict[Work, Advance]:
+        """One token for each of these works, whose logits are at these places."""
+        rows = [work.row for work in works]
+        samplers = [self._sampler(row) for row in rows]
+        logits = logits if len(places) == len(logits) else logits[places]
+        token_ids = sample(logits, samplers)
+        told = logprobs(logits, token_ids, [sampler.sampling.logprobs for sampler in samplers])
+        return {
+            work: Advance(
+                work.row,
+                work.tokens,
+                (token_id,),
+                ended=sampler.ended,
+                silent=sampler.silent,
+                logprobs=() if logprob is None else (logprob,),
+                failure=sampler.failure,
+            )
+            for work, sampler, token_id, logprob in zip(works, samplers, token_ids, told, strict=True)
+        }
+
+    def _sampler(self, row: Row) -> Sampler:
+        if row not in self._samplers:
+            request = row.flight.request
+            self._samplers[row] = Sampler(
+                request.sampling,
+                row.index,
+                request.prompt_token_ids,
+                self._vocab_tokens,
+                self._device,
+                eos_token_ids=self._eos_token_ids,
+            )
+        return self._samplers[row]
+
+    def _note_prompt(self, work: Work, logits: Tensor) -> None:
+        """Tell how likely the prompt's own tokens were, those that follow this chunk's."""
+        flight = work.row.flight
+        following = flight.request.prompt_token_ids[work.first + 1 : work.first + work.tokens + 1]
+        counts = [flight.request.sampling.prompt_logprobs] * len(following)
+        told = logprobs(logits[: len(following)], following, counts)
+        flight.note_prompt_logprobs(work.first + 1, [one for one in told if one])
 
     def _recover(self) -> None:
         if self._device == "cuda":
@@ -114,3 +173,58 @@ class TransformersEngine(BaseEngine):
     def _failure(self, error: Exception) -> Failure:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         return Failure("out_of_memory", str(error), retryable=True) if out_of_memory else super()._failure(error)
+
+
+def _smaller(works: Sequence[Work]) -> list[Work]:
+    """The same work in more parts, if it is a single row's chunk."""
+    if len(works) > 1 or works[0].tokens == 1:
+        return list(works)
+    work, half = works[0], works[0].tokens // 2
+    return [Work(work.row, work.first, half), Work(work.row, work.first + half, work.tokens - half)]
+
+
+def _step_budget(device: torch.device) -> StepBudget:
+    """A step of a CPU may last 0.35 s, of a GPU 0.1 s: so long does a decoding row wait for its neighbours' prompts."""
+    if device.type == "cpu":
+        return StepBudget(128, 2_048, target_seconds=0.35)
+    return StepBudget(2_048, 8_192, target_seconds=0.1)
+
+
+def pool_blocks(spec: ModelSpec, shapes: Sequence[LayerShape], context_tokens: int) -> int:
+    """How many blocks the pool has: what the memory budget holds, but no more than can be of use.
+
+    Raises `ModelLoadError` if that is not even one block more than nothing.
+    """
+    useful = 2 * spec.slots * -(-context_tokens // BLOCK_TOKENS)  # every row at its longest, and as much to remember
+    blocks = min(useful, blocks_in(kv_budget_bytes(spec, shapes[0].device), shapes, BLOCK_TOKENS))
+    if blocks < 2:  # noqa: PLR2004
+        raise ModelLoadError(f"model {spec.name}: kv_memory_bytes leaves no room for keys and values")
+    return blocks
+
+
+def kv_budget_bytes(spec: ModelSpec, device: torch.device) -> int:
+    """What the spec says, else a fifth of the machine's free memory, or what the GPU's fraction leaves."""
+    if spec.kv_memory_bytes:
+        return spec.kv_memory_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - (1 - spec.gpu_memory_fraction) * total))
+    return _free_memory_bytes() // 5
+
+
+def _free_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _announce(spec: ModelSpec, shapes: Sequence[LayerShape], blocks: int, context_tokens: int) -> None:
+    tokens = blocks * BLOCK_TOKENS
+    size = tokens * sum(shape.token_bytes for shape in shapes)
+    rows = min(spec.slots, tokens // context_tokens)
+    log.info(
+        "model %s: KV pool of %.2f GiB holds %d tokens, %d rows at full context of %d",
+        spec.name,
+        size / 2**30,
+        tokens,
+        rows,
+        context_tokens,
+    )
