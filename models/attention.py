@@ -69,7 +69,7 @@ class Kernels(Protocol):
         """One token of each decoding row over its keys and values in the pool. (decode_rows, heads, dim) both."""
 
     def prefill(self, query: Tensor, step: Step, layer: int, rules: AttentionRules, chunk: Chunk) -> Tensor:
-        """One chunk, causally, over what its row had before and itself. From (step tokens, ...) to (chunk tokens, ...)."""
+        """One chunk, causally, over what its row had before and itself. `query` is the whole step's."""
 
 
 _step: ContextVar[Step] = ContextVar("step")

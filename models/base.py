@@ -24,7 +24,7 @@ from models.protocol import (
     Started,
     check_request,
 )
-from models.rows import Advance, Flight, Row
+from models.rows import Advance, Flight
 from models.scheduler import Plan, Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class BaseEngine(ABC):
         self._split(time.monotonic() - began, advances)
         for advance in advances:
             advance.row.flight.failure = advance.row.flight.failure or advance.failure
-        rows = [advance.row for advance in advances]
+        rows = dict.fromkeys(advance.row for advance in advances)
         self._scheduler.drop([row for row in rows if row.finish_reason])
         over = dict.fromkeys(row.flight for row in rows if row.flight.is_over)
         ended = self._end((flight, "failed" if flight.failure else "succeeded") for flight in over)
@@ -176,10 +176,11 @@ class BaseEngine(ABC):
     def _apply(self, advance: Advance) -> list[Delta]:
         """Give the row its tokens and turn them into text."""
         row, flight = advance.row, advance.row.flight
-        if not advance.token_ids:
-            return []
+        if not advance.token_ids and (row.tokens_to_come or row.missing_tokens):
+            return []  # it goes on
         began = time.monotonic()
-        flight.first_token_at = flight.first_token_at or began
+        if advance.token_ids:
+            flight.first_token_at = flight.first_token_at or began
         text = row.take(advance)
         flight.detokenize_seconds += time.monotonic() - began
         return [row.delta(text)] if text and flight.request.stream else []

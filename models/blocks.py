@@ -1,9 +1,9 @@
 """Who holds which block of the KV pool, and what can be used again. Plain Python, no tensors.
 
-A block is free (holds nothing), used (rows hold references to it) or cached (nobody holds it, but its content is known).
-What blocks hold is a tree: a node is one block, its children are the blocks that came after it, so the path to a node is
-the text before it. There is one root for each salt: tenants never meet. A lookup walks the tree, comparing tokens, so
-there are no collisions (prefix reuse as in vLLM and SGLang's RadixAttention, Zheng et al. 2024).
+A block is free (holds nothing), used (rows hold references to it) or cached (nobody holds it, its content is known).
+What blocks hold is a tree: a node is one block, its children are the blocks that came after it, so the path to a node
+is the text before it. There is one root for each salt: tenants never meet. A lookup walks the tree and compares tokens,
+so nothing collides (prefix reuse as in vLLM and SGLang's RadixAttention, Zheng et al. 2024).
 
             free ──allocate──> used ──release──> cached ──allocate, the least recently used──> used
               ^                 │  ^                │

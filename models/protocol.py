@@ -88,7 +88,9 @@ class SamplingParams:
     ignore_eos: bool = False  # go on to max_tokens (measurements)
     stop_token_ids: tuple[int, ...] = ()  # like EOS: they end the choice and are no text
     min_tokens: int = 0  # none of the first so many tokens is EOS or a stop token, or completes a stop string
-    logprobs: int | None = None  # how many alternatives (0 to 20) to tell beside each generated token; None: tell nothing
+    logprobs: int | None = (
+        None  # how many alternatives (0 to 20) to tell beside each generated token; None: tell nothing
+    )
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
     structure: Structure | None = None
 
@@ -310,8 +312,12 @@ def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
     _require(good, "min_tokens", f"must be 0 to max_tokens ({sampling.max_tokens}), not {sampling.min_tokens!r}")
     if sampling.structure is not None:
         check_structure(sampling.structure)
-        _require(sampling.min_tokens == 0, "min_tokens", "cannot be given together with a structure, which has its own end")
-        _require(not sampling.ignore_eos, "ignore_eos", "cannot be given together with a structure, which has its own end")
+        _require(
+            sampling.min_tokens == 0, "min_tokens", "cannot be given together with a structure, which has its own end"
+        )
+        _require(
+            not sampling.ignore_eos, "ignore_eos", "cannot be given together with a structure, which has its own end"
+        )
 
 
 def _check_stop(stop: Sequence[str]) -> None:

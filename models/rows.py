@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from models.blocks import Lease
 from models.protocol import (
     Choice,
     Delta,
@@ -16,7 +17,6 @@ from models.protocol import (
     TokenLogprobs,
     Usage,
 )
-from models.blocks import Lease
 from models.text import TextStream
 
 _UNFINISHED: dict[Outcome, FinishReason] = {"cancelled": "cancelled", "expired": "deadline", "failed": "error"}

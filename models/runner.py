@@ -90,7 +90,7 @@ class Runner:
 
 
 def layer_shapes(model: PreTrainedModel, name: str) -> list[LayerShape]:
-    """What each attention layer keeps of a token, seen on one. Raises `ModelLoadError` if the model has other memory."""
+    """What each attention layer keeps of a token, seen on one. Raises `ModelLoadError` for other kinds of memory."""
     config = model.config.get_text_config(decoder=True)
     if model._is_stateful or not model._supports_default_dynamic_cache():  # type: ignore[operator]  # noqa: SLF001
         raise unservable(name, model, "it does not keep keys and values in a cache")

@@ -35,7 +35,7 @@ class Matcher(Protocol):
 
 
 class Tally:
-    """Which tokens a row has seen, and how often, as arrays of the same order: a step copies them, and counts nothing."""
+    """Which tokens a row has seen, and how often, in arrays of the same order: a step copies them, counts nothing."""
 
     def __init__(self, token_ids: Sequence[int] = ()) -> None:
         self._at: dict[int, int] = {}
@@ -136,9 +136,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return chosen
 
 
-def logprobs(
-    logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]
-) -> list[TokenLogprobs | None]:
+def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]) -> list[TokenLogprobs | None]:
     """What the model itself thought of each row's token, and its `counts` likeliest; None for a row without a count.
 
     `logits` is (rows, vocab), as the model gave it: of generated tokens, or of a prompt's positions and the tokens that
@@ -257,9 +255,10 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def _keep_top(logits: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
-    """Only the `top_k` likeliest tokens, of these the fewest whose probabilities reach `top_p` (nucleus), and of these
-    the ones that are at least `min_p` times as likely as the likeliest. Equally likely tokens stay or go together, so
-    that it does not matter how a device sorts them.
+    """Only the tokens that top-k, top-p and min-p leave, each applied to what the one before left.
+
+    The `top_k` likeliest; the fewest whose probabilities reach `top_p` (nucleus); those at least `min_p` times as likely
+    as the likeliest. Equally likely tokens stay or go together, so that it does not matter how a device sorts them.
     """
     floor = logits.new_full((len(rules), 1), -torch.inf)  # what lies below is cut
     cut = [row for row, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]

@@ -1,9 +1,9 @@
 """Which rows are computed in the next step, and how many tokens of each. Plain Python, no tensors.
 
 Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawal et al. 2024): every row that decodes
-gets its one token in every step; what the step's token budget leaves over goes to prompts, oldest first. When blocks run
-out, the youngest row of the lowest priority gives its own back and is computed again later ("preemption by recompute",
-vLLM, Kwon et al. 2023); what of it is still cached then is not computed twice.
+gets its one token in every step; what the step's token budget leaves over goes to prompts, oldest first. When blocks
+run out, the youngest row of the lowest priority gives its own back and is computed again later ("preemption by
+recompute", vLLM, Kwon et al. 2023); what of it is still cached then is not computed twice.
 """
 
 import bisect
@@ -132,7 +132,7 @@ class SlotScheduler:
 
     def plan(self) -> Plan:
         """See `Scheduler`."""
-        joining = []
+        joining: list[Row] = []
         while len(self.running) + len(joining) < self._slots and (row := self._queue.pop()):
             joining.append(row)
         if joining:

@@ -12,12 +12,11 @@ class TextStream:
 
     `push` and `finish` return what may be shown; their results join to `text`. Text that could be the beginning of a
     stop string, and bytes that could be the beginning of a character, wait until the next token decides. A stop string
-    that is complete within the first `min_tokens` is text like any other. A token costs the same however many came before.
+    that is complete within the first `min_tokens` is text like any other. A token costs the same however many came
+    before.
     """
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), min_tokens: int = 0
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._decode = decode
         self._stop = stop
         self._min_tokens = min_tokens if stop else 0

@@ -105,7 +105,11 @@ class TransformersEngine(BaseEngine):
         unsound = self._unsound(works, ends, logits)
         computed = [work for work in works if work not in unsound]
         self._scheduler.done(computed)
-        choosing = {work: end - 1 for work, end in zip(works, ends, strict=True) if work.chooses and work in computed}
+        choosing = {
+            work: end - 1
+            for work, end in zip(works, ends, strict=True)
+            if work.chooses and work in computed and work.row.tokens_to_come
+        }
         chosen = self._sample(list(choosing), list(choosing.values()), logits) if choosing else {}
         for work, end in zip(works, ends, strict=True):
             if work.row.wants_prompt_logprobs and work not in unsound:
@@ -114,14 +118,15 @@ class TransformersEngine(BaseEngine):
         return [chosen.get(work) or Advance(work.row, work.tokens) for work in computed] + failed
 
     def _unsound(self, works: Sequence[Work], ends: Sequence[int], logits: Tensor) -> list[Work]:
-        """Works with an output that is no number. What they left in the pool is wiped: masked or not, it would spread."""
+        """Works with an output that is no number. What they left in the pool is wiped: it would spread."""
         sound = logits.amax(dim=-1).isfinite().tolist() if len(logits) else []  # amax passes NaN on
         if all(sound):
             return []
         spoilt = [work for work, end in zip(works, ends, strict=True) if not all(sound[end - work.outputs : end])]
         for work in spoilt:
-            lease = work.row.lease
-            self._pool.clear(lease.blocks[len(lease.nodes) :] if lease else ())
+            if lease := work.row.lease:
+                work.row.computed_tokens = len(lease.nodes) * BLOCK_TOKENS
+                self._pool.clear(lease.blocks[len(lease.nodes) :])
         return spoilt
 
     def _sample(self, works: Sequence[Work], places: Sequence[int], logits: Tensor) -> dict[Work, Advance]:

@@ -143,7 +143,8 @@ def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
 
 def _read_logprobs(values: list[Any]) -> tuple[Any, ...]:
     return tuple(
-        value and TokenLogprobs(value["token_id"], value["logprob"], tuple(map(tuple, value["top"]))) for value in values
+        value and TokenLogprobs(value["token_id"], value["logprob"], tuple(map(tuple, value["top"])))
+        for value in values
     )
 
 
