@@ -172,10 +172,13 @@ class StepBudget:
 class BlockScheduler:
     """Rows over a KV pool."""
 
-    def __init__(self, pool: BlockPool, budget: StepBudget, slots: int) -> None:
+    def __init__(
+        self, pool: BlockPool, budget: StepBudget, slots: int, reserved_tokens: int = _RESERVED_TOKENS
+    ) -> None:
         self.running: list[Row] = []  # in the order of their rank; replaced, never changed: `health` reads it
         self.preemptions = 0
         self.budget = budget
+        self.reserved_tokens = reserved_tokens
         self._pool = pool
         self._slots = slots
         self._queue = Queue()
@@ -274,7 +277,7 @@ class BlockScheduler:
 
     def _lacking(self, row: Row, lease: Lease) -> int:
         """Blocks that a row has not got yet, for its tokens and some more."""
-        tokens = len(row.sequence) + min(_RESERVED_TOKENS, row.tokens_to_come)
+        tokens = len(row.sequence) + min(self.reserved_tokens, row.tokens_to_come)
         return max(0, self._pool.blocks_for(tokens) - len(lease.blocks))
 
     # -- prefill --------------------------------------------------------------------------------------------------
