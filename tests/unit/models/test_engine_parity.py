@@ -31,11 +31,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_generate_under_everything_at_once(
-    architecture: str, tiny_model: Callable[..., tuple[Path, Any]], ask: Ask
+    architecture: str, tiny_model: Callable[..., tuple[Path, Any]], ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mixed arrival, chunked prefill, prefix hits, preemption and cancelled neighbours change no token."""
     folder, model = tiny_model(architecture, **ARCHITECTURES[architecture])
     model.set_attn_implementation("eager")  # the only one that has every rule, Gemma's soft cap too
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     engine = small_engine(folder, model)
     wanted = requests()
     ended = serve(engine, ask, wanted)
@@ -101,11 +102,10 @@ def compare(model: Any, prompt: list[int], token_ids: tuple[int, ...], max_token
     """None if these are generate's tokens, else the reference's gap between its two best where they first differ."""
     output = model.generate(
         torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else each token 0 counts as padding
         max_new_tokens=max_tokens,
-        min_new_tokens=max_tokens,
         do_sample=False,
         pad_token_id=0,
-        eos_token_id=None,
         output_logits=True,
         return_dict_in_generate=True,
     )
