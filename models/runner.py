@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.attention import NAME, Chunk, Kernels, Step, as_tables, running
 from models.blocks import BlockPool, Lease
+from models.graphs import DecodeGraphs
 from models.kv_pool import KVPool, LayerShape
 from models.protocol import GenerationRequest, ModelLoadError, SamplingParams
 from models.rows import Flight, Row
@@ -25,12 +26,16 @@ _TOLERATED_ROUGH = 0.1  # of bfloat16 and of quantized models
 
 
 class Runner:
-    """One model over one pool. Holds no state of its own between steps."""
+    """One model over one pool. Holds no state of rows between steps."""
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool, kernels: Kernels) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: KVPool, kernels: Kernels, graphs: tuple[int, int] | None = None
+    ) -> None:
+        """`graphs`: capture CUDA graphs for at most (rows, blocks of a row)."""
         self._model = model
         self._pool = pool
         self._kernels = kernels
+        self._graphs = graphs and DecodeGraphs(self.forward, *graphs)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Tensor:
@@ -39,6 +44,10 @@ class Runner:
         Works of one token have to come first.
         """
         step = self.pack(works)
+        if self._graphs and all(work.outputs == 1 for work in works):
+            logits = self._graphs.run(step)
+            if logits is not None:
+                return logits
         wanted: list[int] = []
         for work, end in zip(works, itertools.accumulate(work.tokens for work in works), strict=True):
             wanted += range(end - work.outputs, end)

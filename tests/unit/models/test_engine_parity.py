@@ -58,7 +58,7 @@ def small_engine(folder: Path, model: Any) -> TransformersEngine:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 4
-    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=POOL_BLOCKS * 16 * token_bytes)
+    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=(POOL_BLOCKS + 1) * 16 * token_bytes)
     engine = load_engine(spec, "cpu")
     assert isinstance(engine, TransformersEngine)
     assert engine._blocks.blocks == POOL_BLOCKS
