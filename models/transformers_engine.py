@@ -18,6 +18,7 @@ from models.attention import Reference
 from models.base import BaseEngine
 from models.blocks import BlockPool
 from models.catalog import ModelSpec
+from models.fused import prepare_for_cpu
 from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
 from models.prompt import PromptError, PromptFormat, load_prompt_format
@@ -47,13 +48,14 @@ class TransformersEngine(BaseEngine):
     """A model with its KV pool. A fault costs only the row that causes it."""
 
     def __init__(self, spec: ModelSpec, model: PreTrainedModel, prompt_format: PromptFormat) -> None:
+        kernels = prepare_for_cpu(model, spec.quantization) if model.device.type == "cpu" else Reference()
         shapes = layer_shapes(model, spec.name)
         context_tokens = prompt_format.context_tokens
         blocks = pool_blocks(spec, shapes, context_tokens)
         self._model = model
         self._blocks = BlockPool(blocks, BLOCK_TOKENS)
         self._pool = KVPool(shapes, blocks, BLOCK_TOKENS)
-        self._runner = Runner(model, self._pool, Reference())
+        self._runner = Runner(model, self._pool, kernels)
         check_attention(model, self._runner, self._blocks, spec.name)
         self._samplers: dict[Row, Sampler] = {}
         self._eos_token_ids = eos_token_ids(model, prompt_format)
