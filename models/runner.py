@@ -124,8 +124,8 @@ def check_attention(model: PreTrainedModel, runner: Runner, blocks: BlockPool, n
         expected = model(input_ids=prompts.to(model.device), use_cache=False).logits.float()
     model.set_attn_implementation(NAME)
     error = _relative_error(runner, blocks, prompts, expected)
-    exact = model.dtype if getattr(model, "hf_quantizer", None) is None else None
-    if not error <= _TOLERATED.get(exact, _TOLERATED_ROUGH):
+    is_exact = getattr(model, "hf_quantizer", None) is None
+    if not error <= (_TOLERATED.get(model.dtype, _TOLERATED_ROUGH) if is_exact else _TOLERATED_ROUGH):
         raise unservable(name, model, f"with our attention its logits differ by {error:.2g} from its own")
 
 

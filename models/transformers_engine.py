@@ -31,6 +31,7 @@ from models.scheduler import BlockScheduler, Plan, StepBudget, Work
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
+_GPU_MEMORY_FRACTION = 0.9
 _NAN_LOGITS = Failure("nan_logits", "the model's output for this request is not a number", retryable=True)
 
 
@@ -216,7 +217,8 @@ def kv_budget_bytes(spec: ModelSpec, device: torch.device) -> int:
         return spec.kv_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - (1 - spec.gpu_memory_fraction) * total))
+        fraction = spec.gpu_memory_fraction or _GPU_MEMORY_FRACTION
+        return max(0, int(free - (1 - fraction) * total))
     return _free_memory_bytes() // 5
 
 

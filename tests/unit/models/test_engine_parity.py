@@ -49,7 +49,7 @@ def test_equals_generate_under_everything_at_once(
         if (mismatch := compare(model, prompt, ended[request_id].choices[0].token_ids, max_tokens))
     ]
     ties = [gap for gap in mismatches if gap < TIE]
-    print(f"{architecture}: {len(ties)} of {PROMPTS} answers differ at a tie")
+    print(f"{architecture}: {len(ties)} of {PROMPTS} answers differ at a tie")  # noqa: T201  shown by -s
     assert mismatches == ties
 
 
