@@ -67,7 +67,7 @@ class ModelSpec(BaseModel):
     path: str | None = None  # a folder, or a hub id; None for echo
     revision: str | None = None  # of a hub id: branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint was saved
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none", "int8", "nf4", "int8-onednn"] = "none"  # int8-onednn: on a CPU only
     context_tokens: int | None = Field(default=None, ge=2)  # None: what the model was made for
     slots: int = Field(default=16, ge=1, le=4_096)  # rows computed together
     kv_memory_bytes: int | None = Field(default=None, ge=1)  # for keys and values; None: of the memory that is free

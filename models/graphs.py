@@ -1,12 +1,14 @@
 """CUDA graphs of steps in which every row decodes: one launch instead of a thousand.
 
 A graph is captured for each number of rows in a list of sizes; a step takes the next larger one, filled up with rows
-that attend to one token of the pool's last block, which no row is ever given. What a graph reads lies in buffers that are written before each replay.
+that attend to one token of the pool's last block, which no row is ever given. What a graph reads lies in buffers that
+are written before each replay.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class DecodeGraphs:
         self._table_blocks = blocks  # of the longest row there can be
         self._sizes = [size for size in _sizes() if size < slots] + [slots]
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Step, Tensor]] = {}
-        self._memory: tuple[int, int] | None = None  # shared by all graphs
+        self._memory: Any = None  # shared by all graphs
         self._works = True
 
     def run(self, step: Step) -> Tensor | None:
@@ -46,7 +48,7 @@ class DecodeGraphs:
         _fill(static, step)
         wanted = torch.arange(size, device=step.token_ids.device)
         try:
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):

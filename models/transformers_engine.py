@@ -19,6 +19,7 @@ from models.attention import Kernels, Reference
 from models.base import BaseEngine
 from models.blocks import BlockPool
 from models.catalog import ModelSpec
+from models.fused import prepare_for_cpu
 from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
 from models.prompt import PromptError, PromptFormat, load_prompt_format
@@ -58,13 +59,13 @@ class TransformersEngine(BaseEngine):
         graphs: bool = True,
     ) -> None:
         """`kernels` and `graphs` are for comparisons; by default the fastest that the device has."""
+        kernels = kernels or choose_kernels(model, spec)
         shapes = layer_shapes(model, spec.name)
         context_tokens = prompt_format.context_tokens
         blocks = pool_blocks(spec, shapes, context_tokens)
         self._model = model
         self._blocks = BlockPool(blocks, BLOCK_TOKENS)
         self._pool = KVPool(shapes, blocks + 1, BLOCK_TOKENS)  # the last one is nobody's: see `models.graphs`
-        kernels = kernels or choose_kernels(model)
         may_capture = graphs and model.device.type == "cuda" and type(kernels) is not Reference
         rows_and_blocks = (spec.slots, self._blocks.blocks_for(min(context_tokens, blocks * BLOCK_TOKENS)))
         self._runner = Runner(model, self._pool, kernels, rows_and_blocks if may_capture else None)
@@ -203,8 +204,10 @@ def _smaller(works: Sequence[Work]) -> list[Work]:
     return [Work(work.row, work.first, half), Work(work.row, work.first + half, work.tokens - half)]
 
 
-def choose_kernels(model: PreTrainedModel) -> Kernels:
-    """The fastest attention that this device has."""
+def choose_kernels(model: PreTrainedModel, spec: ModelSpec) -> Kernels:
+    """The fastest attention that this device has; on a CPU the model's layers are made faster too, in place."""
+    if model.device.type == "cpu":
+        return prepare_for_cpu(model, spec.quantization)
     if model.device.type == "cuda" and importlib.util.find_spec("triton"):
         from models.kernels.triton import TritonKernels
 

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: ANN001, ANN202, N803
 """Attention of decoding rows on a GPU, in Triton: each row's keys and values are read once, where they lie in the pool.
 
 One program computes one row's group of query heads that share a key-value head, over one part of the row's context
@@ -19,7 +20,7 @@ _MOST_PARTS = 16
 
 
 @triton.jit
-def _decode_part(  # noqa: PLR0915, PLR0917
+def _decode_part(
     query, keys, values, tables, contexts, part_out, part_max, part_sum,
     scaling, softcap, window,
     query_row, query_head, table_row,
@@ -89,7 +90,7 @@ def _decode_part(  # noqa: PLR0915, PLR0917
 
 
 @triton.jit
-def _join_parts(  # noqa: PLR0917
+def _join_parts(
     part_out, part_max, part_sum, sinks, result,
     VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
