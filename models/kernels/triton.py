@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202, N803
+# ruff: noqa: ANN001, ANN202, N803, PLR0917
 """Attention of decoding rows on a GPU, in Triton: each row's keys and values are read once, where they lie in the pool.
 
 One program computes one row's group of query heads that share a key-value head, over one part of the row's context
