@@ -28,6 +28,7 @@ class DecodeGraphs:
         self._table_blocks = blocks  # of the longest row there can be
         self._sizes = [size for size in _sizes() if size < slots] + [slots]
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Step, Tensor]] = {}
+        self._wanted: dict[int, Tensor] = {}  # kept: a graph reads its inputs where they were
         self._memory: Any = None  # shared by all graphs
         self._works = True
 
@@ -46,7 +47,7 @@ class DecodeGraphs:
     def _capture(self, size: int, step: Step) -> bool:
         static = self._static(size, step)
         _fill(static, step)
-        wanted = torch.arange(size, device=step.token_ids.device)
+        wanted = self._wanted[size] = torch.arange(size, device=step.token_ids.device)
         try:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())

@@ -106,6 +106,7 @@ def layer_shapes(model: PreTrainedModel, name: str) -> list[LayerShape]:
         raise unservable(name, model, "it does not keep keys and values in a cache")
     if not model._supports_attention_backend:  # noqa: SLF001  no public way to ask
         raise unservable(name, model, "its attention does not use transformers' AttentionInterface")
+    model.set_attn_implementation("eager")
     cache = DynamicCache(config=config)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
