@@ -46,6 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 CONTEXT_TOKENS = 4_096
+_STEPS_TIMED = 40
 OURS = (  # rows, name, kernels, graphs
     (16, "headrace", "triton", True),
     (64, "headrace", "triton", True),
@@ -187,13 +188,13 @@ def ours(engine: TransformersEngine, load: Load) -> None:
 
 def step_time(engine: TransformersEngine, model: Any, rows: int, vocab: int, bandwidth: float) -> dict[str, float]:
     """The median decode step over rows of 512 tokens, and its floor."""
-    prompts: Load = [([at % vocab] * 480, 80) for at in range(rows)]
+    prompts: Load = [([at % vocab] * 480, 600) for at in range(rows)]
     salt = str(time.perf_counter())
     for at, (prompt, tokens) in enumerate(prompts):
         sampling = SamplingParams(tokens, temperature=0.0, ignore_eos=True)
         engine.submit(GenerationRequest(f"{salt} {at}", (at, *prompt), sampling, cache_salt=f"{salt} {at}"))
     seconds: list[float] = []
-    while engine.has_work():
+    while len(seconds) < _STEPS_TIMED:
         decoding = len(engine._scheduler.running) == rows and all(
             row.missing_tokens == 1 for row in engine._scheduler.running
         )
@@ -201,6 +202,9 @@ def step_time(engine: TransformersEngine, model: Any, rows: int, vocab: int, ban
         engine.step()
         if decoding:
             seconds.append(time.perf_counter() - began)
+    for at in range(rows):
+        engine.cancel(f"{salt} {at}")
+    engine.step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     token_bytes = sum(t[0, :, 0].nbytes for t in (*engine._pool.keys, *engine._pool.values))
     floor = (weights + rows * 512 * token_bytes) / bandwidth
