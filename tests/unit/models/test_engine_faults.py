@@ -132,11 +132,11 @@ def test_a_request_that_never_fits_the_pool_is_refused(tiny_model: Callable[...,
     """Intake knows how many tokens the pool holds, and loading fails if that is next to nothing."""
     folder, _ = tiny_model()
     token_bytes = 3 * 2 * 2 * 16 * 4
-    engine = load(folder, kv_memory_bytes=4 * 16 * token_bytes)
+    engine = load(folder, kv_memory_bytes=5 * 16 * token_bytes)
     with pytest.raises(InvalidRequest, match="max_tokens: 60 after a prompt of 5 is above the context of 64"):
         engine.submit(ask("a", "hello", 60))
     with pytest.raises(ModelLoadError, match="tiny: kv_memory_bytes"):
-        load(folder, kv_memory_bytes=16 * token_bytes)
+        load(folder, kv_memory_bytes=2 * 16 * token_bytes)
 
 
 def test_a_turn_computes_only_what_is_new(llama: TransformersEngine, ask: Ask, finish: Finish) -> None:
