@@ -257,8 +257,8 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 def _keep_top(logits: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
     """Only the tokens that top-k, top-p and min-p leave, each applied to what the one before left.
 
-    The `top_k` likeliest; the fewest whose probabilities reach `top_p` (nucleus); those at least `min_p` times as likely
-    as the likeliest. Equally likely tokens stay or go together, so that it does not matter how a device sorts them.
+    The `top_k` likeliest; the fewest whose probabilities reach `top_p` (nucleus); those at least `min_p` times as
+    likely as the likeliest. Equally likely ones stay or go together: it must not matter how a device sorts them.
     """
     floor = logits.new_full((len(rules), 1), -torch.inf)  # what lies below is cut
     cut = [row for row, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]

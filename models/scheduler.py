@@ -172,12 +172,17 @@ class StepBudget:
 class BlockScheduler:
     """Rows over a KV pool."""
 
-    def __init__(self, pool: BlockPool, budget: StepBudget, slots: int) -> None:
+    def __init__(
+        self, pool: BlockPool, budget: StepBudget, slots: int, reserved_tokens: int = _RESERVED_TOKENS
+    ) -> None:
         self.running: list[Row] = []  # in the order of their rank; replaced, never changed: `health` reads it
         self.preemptions = 0
         self.budget = budget
+        self.reserved_tokens = reserved_tokens
         self._pool = pool
         self._slots = slots
+        self._gave_way = False  # a row did, in the last plan
+        self._copies: dict[Row, tuple[int, int]] = {}  # that rows need that joined in this plan
         self._queue = Queue()
         self._arrivals = itertools.count()
 
@@ -202,11 +207,16 @@ class BlockScheduler:
 
     def plan(self) -> Plan:
         """See `Scheduler`."""
-        preempted = self.preemptions
-        works = self._decoding()
-        copies = self._admit() if self.preemptions == preempted else []
-        room = max(self.budget.tokens - len(works), min(self.budget.tokens, _LEAST_PREFILL_TOKENS))
-        return Plan(works + self._prefilling(works, room), copies)
+        self._copies = {}
+        if not (self._gave_way and self.running):  # who had to give way must not take the room back at once
+            self._admit()
+        preemptions = self.preemptions
+        works = []
+        for row, tokens in self._shares():
+            if tokens and row.lease and self._make_room(row, row.lease, row.computed_tokens + tokens):
+                works.append(Work(row, row.computed_tokens, tokens))
+        self._gave_way = self.preemptions > preemptions
+        return Plan(works, list(self._copies.values()))
 
     def done(self, works: Sequence[Work]) -> None:
         """See `Scheduler`."""
@@ -216,22 +226,20 @@ class BlockScheduler:
             if row.lease and row.computed_tokens // self._pool.block_tokens > len(row.lease.nodes):
                 self._pool.publish(row.lease, row.sequence[: row.computed_tokens])
 
-    # -- decode ---------------------------------------------------------------------------------------------------
+    def _shares(self) -> list[tuple[Row, int]]:
+        """Tokens for each running row, in the order of their rank: its one to those that decode, the rest to prompts.
 
-    def _decoding(self) -> list[Work]:
-        """One token for each row whose next is due; makes room by preempting from the end."""
-        works = []
-        for row in self.running:
-            if row.lease is None or row.missing_tokens != 1:
-                continue
-            if self._make_room(row):
-                works.append(Work(row, row.computed_tokens, 1))
-        return works
+        A prompt that needs more than a step leaves half of the room to the others.
+        """
+        prompts = [row for row in self.running if row.missing_tokens > 1]
+        left = self.budget.tokens - (len(self.running) - len(prompts))
+        room = max(left, min(self.budget.tokens, _LEAST_PREFILL_TOKENS))
+        shares = dict(zip(prompts, share([row.missing_tokens for row in prompts], room), strict=True))
+        return [(row, shares.get(row, 1)) for row in self.running]
 
-    def _make_room(self, row: Row) -> bool:
-        """False if the row itself had to give way."""
-        assert row.lease is not None
-        while not self._pool.grow(row.lease, len(row.sequence)):
+    def _make_room(self, row: Row, lease: Lease, tokens: int) -> bool:
+        """Blocks for so many tokens, if need be from rows that come later; False if it is the last and gave way."""
+        while not self._pool.grow(lease, tokens):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is row:
@@ -241,6 +249,8 @@ class BlockScheduler:
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self.running = self.running[:-1]
+        if row.lease and self._copies.pop(row, None):  # what it would have copied is not there yet
+            row.computed_tokens = len(row.lease.nodes) * self._pool.block_tokens
         self._give_back(row)
         self._queue.push(row)
 
@@ -249,11 +259,9 @@ class BlockScheduler:
         self._pool.release(row.lease, row.sequence[: row.computed_tokens])
         row.lease, row.computed_tokens = None, 0
 
-    # -- admission ------------------------------------------------------------------------------------------------
-
-    def _admit(self) -> list[tuple[int, int]]:
+    def _admit(self) -> None:
         """Let rows join while there are slots, and blocks for what they have and some of what they will write."""
-        copies, deferred = [], []
+        deferred = []
         promised = sum(self._lacking(row, row.lease) for row in self.running if row.lease)
         while len(self.running) < self._slots and (row := self._queue.pop()):
             if not _prompt_is_due(row):
@@ -266,28 +274,16 @@ class BlockScheduler:
                 deferred.append(row)
                 break
             row.join(match.lease, match.cached_tokens)
-            copies += [match.copy] if match.copy else []
+            if match.copy:
+                self._copies[row] = match.copy
             self.running = _insert(self.running, row)
         for row in deferred:
             self._queue.push(row)
-        return copies
 
     def _lacking(self, row: Row, lease: Lease) -> int:
         """Blocks that a row has not got yet, for its tokens and some more."""
-        tokens = len(row.sequence) + min(_RESERVED_TOKENS, row.tokens_to_come)
+        tokens = len(row.sequence) + min(self.reserved_tokens, row.tokens_to_come)
         return max(0, self._pool.blocks_for(tokens) - len(lease.blocks))
-
-    # -- prefill --------------------------------------------------------------------------------------------------
-
-    def _prefilling(self, decoding: Sequence[Work], room: int) -> list[Work]:
-        """Chunks of prompts, oldest first; one that needs more than a step leaves half of the room to the others."""
-        planned = {work.row for work in decoding}
-        rows = [row for row in self.running if row not in planned]
-        works = []
-        for row, tokens in zip(rows, share([row.missing_tokens for row in rows], room), strict=True):
-            if tokens and row.lease and self._pool.grow(row.lease, row.computed_tokens + tokens):
-                works.append(Work(row, row.computed_tokens, tokens))
-        return works
 
 
 def share(wanted: Sequence[int], room: int) -> list[int]:

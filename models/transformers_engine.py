@@ -50,6 +50,7 @@ class TransformersEngine(BaseEngine):
         shapes = layer_shapes(model, spec.name)
         context_tokens = prompt_format.context_tokens
         blocks = pool_blocks(spec, shapes, context_tokens)
+        self._model = model
         self._blocks = BlockPool(blocks, BLOCK_TOKENS)
         self._pool = KVPool(shapes, blocks, BLOCK_TOKENS)
         self._runner = Runner(model, self._pool, Reference())
