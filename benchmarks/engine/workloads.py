@@ -1,68 +1,21 @@
-"""What is asked of an engine, and what is told about the answer. Standard library only."""
+"""The workloads by name. Standard library only."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from benchmarks.engine.serving import Answer, Serving, Setup
-from headrace.bench import Load, mixed
-
-VOCAB_TOKENS = 32_000
-FIRST_WORD = 300  # below lie special tokens and bytes
-_SINGLE_REQUESTS = 8  # one at a time, more would take minutes and say no more
+from benchmarks.engine import conversations, first_token, mixed
+from benchmarks.engine.serving import Serving, Setup
 
 
 class Workload(Protocol):
-    """Figures of one run."""
+    """One measurement of an engine that is loaded."""
 
     def __call__(self, serving: Serving, setup: Setup, *, quick: bool) -> Mapping[str, Any]:
-        """Warm up, serve, count."""
+        """Warm up, serve, count; returns what goes into the record."""
 
 
-def run_mixed(serving: Serving, setup: Setup, *, quick: bool) -> Mapping[str, Any]:
-    """64 requests at once, each different, of the lengths of practice."""
-    loads = mixed_loads(quick=quick)
-    warm_up(serving)
-    if setup.width == 1:
-        loads = loads[:_SINGLE_REQUESTS]
-    began = time.perf_counter()
-    answers = list(serving.serve(loads, _nothing))
-    return figures(loads, answers, time.perf_counter() - began)
-
-
-def mixed_loads(*, quick: bool) -> list[Load]:
-    """The requests of `mixed`."""
-    if quick:
-        return mixed(16, VOCAB_TOKENS, prompt_tokens=(16, 128), output_tokens=(8, 64), first_token_id=FIRST_WORD)
-    return mixed(64, VOCAB_TOKENS, first_token_id=FIRST_WORD)
-
-
-def warm_up(serving: Serving) -> None:
-    """Kernels are chosen and memory is touched on first use."""
-    loads = mixed(4, VOCAB_TOKENS, prompt_tokens=(32, 64), output_tokens=(4, 8), first_token_id=FIRST_WORD)
-    warm = [Load(f"warm-{number}", one.prompt_token_ids, one.max_tokens, "warm") for number, one in enumerate(loads)]
-    list(serving.serve(warm, _nothing))
-
-
-def figures(loads: Sequence[Load], answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
-    """Counts and rates. Raises `ValueError` if an answer is missing or has another length than was asked for."""
-    asked = {one.id: one.max_tokens for one in loads}
-    given = {answer.id: len(answer.token_ids) for answer in answers}
-    if asked != given:
-        wrong = {one: (asked.get(one), given.get(one)) for one in asked | given if asked.get(one) != given.get(one)}
-        raise ValueError(f"answers of other lengths than asked for (asked, given): {wrong}")
-    output_tokens = sum(given.values())
-    return {
-        "requests": len(loads),
-        "prompt_tokens": sum(len(one.prompt_token_ids) for one in loads),
-        "output_tokens": output_tokens,
-        "wall_seconds": round(seconds, 3),
-        "tokens_per_second": round(output_tokens / seconds, 2),
-    }
-
-
-def _nothing(_: Answer) -> Sequence[Load]:
-    return ()
-
-
-WORKLOADS: dict[str, Workload] = {"mixed": run_mixed}
+WORKLOADS: dict[str, Workload] = {
+    "mixed": mixed.run,
+    "conversations": conversations.run,
+    "first_token": first_token.run,
+}

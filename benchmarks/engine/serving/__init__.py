@@ -41,6 +41,7 @@ class Serving(Protocol):
     """An engine with the model in it."""
 
     version: str
+    knows_salts: bool  # whether a load's salt keeps what it caches from others
 
     def serve(self, loads: Sequence[Load], then: Then) -> Iterator[Answer]:
         """Take all loads at once, and each that follows as soon as the answer before it is there."""

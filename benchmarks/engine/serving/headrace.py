@@ -34,6 +34,8 @@ def load(setup: Setup) -> "Headrace":
 class Headrace:
     """The owner's loop around an engine."""
 
+    knows_salts = True
+
     def __init__(self, engine: Engine) -> None:
         from headrace import __version__
 

@@ -36,6 +36,8 @@ def _version() -> str:
 class Generate:
     """What most code around transformers does, and what is called dynamic batching: the longest row decides."""
 
+    knows_salts = False
+
     def __init__(self, model: Any, width: int) -> None:
         self.version = _version()
         self._model = model
@@ -67,6 +69,8 @@ class Generate:
 
 class Continuous:
     """Its own continuous batching, as its documentation has it, with the memory and the width given."""
+
+    knows_salts = False
 
     def __init__(self, model: Any, setup: Setup) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig

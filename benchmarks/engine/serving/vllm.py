@@ -29,6 +29,8 @@ def load(setup: Setup) -> "Vllm":
 class Vllm:
     """The loop around its engine."""
 
+    knows_salts = False
+
     def __init__(self, llm: Any) -> None:
         import vllm
 
