@@ -77,11 +77,11 @@ def _int8(inputs: Any, weight: Any) -> Callable[[], Any]:
     """OneDNN's: 8-bit activations and weights, a scale for each output."""
     import torch
 
-    activations = inputs.mul(40).round().clamp(-128, 127).to(torch.int8)
+    activations = inputs.mul(40).add(128).round().clamp(0, 255).to(torch.uint8)  # signed ones have no fast kernel
     packed = torch.ops.onednn.qlinear_prepack(weight.mul(40).round().clamp(-128, 127).to(torch.int8), None)
     scales, zeros = torch.full((len(weight),), 0.025), torch.zeros(len(weight), dtype=torch.int32)
     return lambda: torch.ops.onednn.qlinear_pointwise(
-        activations, 0.025, 0, packed, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        activations, 0.025, 128, packed, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
     )
 
 

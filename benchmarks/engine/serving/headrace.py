@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from benchmarks.engine.serving import Answer, Setup, Then
-from headrace.bench import Load
-from models.protocol import Ended, Engine, GenerationRequest, SamplingParams
+from headrace.bench import Load, as_request
+from models.protocol import Ended, Engine
 
 _QUANTIZATIONS = {"bf16": "none", "int8": "int8-onednn"}
 
@@ -54,8 +54,7 @@ class Headrace:
 
     def _submit(self, loads: Sequence[Load]) -> None:
         for one in loads:
-            sampling = SamplingParams(one.max_tokens, temperature=0.0, ignore_eos=True)
-            self.engine.submit(GenerationRequest(one.id, one.prompt_token_ids, sampling, cache_salt=one.salt))
+            self.engine.submit(as_request(one))
 
 
 def _answer(ended: Ended) -> Answer:
