@@ -1,4 +1,4 @@
-"""`make bench-peers`: an environment for each other engine, under the user's cache. `python -m benchmarks.engine.peers`.
+"""`make bench-peers`: an environment for each other engine, under the user's cache.
 
 The versions that are compared are pinned here; what they need, they bring. torch is the build for processors, which
 pip must be able to find. torchvision is taken out again: it is needed by nothing that is measured, and its ordinary
@@ -32,7 +32,8 @@ def main() -> int:
     wanted = parser.parse_args().names or list(PEERS)
     if unknown := set(wanted) - set(PEERS):
         parser.error(f"no engine {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    return 0 if all([_made(name) for name in wanted]) else 1
+    made = [_made(name) for name in wanted]
+    return 0 if all(made) else 1
 
 
 def _made(name: str) -> bool:

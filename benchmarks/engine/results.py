@@ -20,6 +20,11 @@ _TALKS_REUSED = Case("conversations", "headrace", "bf16", reuse=True)
 _FIRST_TOKEN = Case("first_token", "headrace", "bf16")
 
 
+def _seconds(runs: Sequence[Record]) -> float:
+    """Of the round that all widths took part in. `first_token` has one width, and no wall."""
+    return float(runs[0].get("wall_seconds", 0.0))
+
+
 @dataclass
 class Results:
     """Every run so far: for each case, by width, one record a round."""
@@ -31,8 +36,8 @@ class Results:
         self.runs.setdefault(case, {}).setdefault(record["width"], []).append(record)
 
     def best_widths(self) -> dict[Case, int]:
-        """For each case, that with the least time."""
-        return {case: min(widths, key=lambda width: _wall(widths[width])) for case, widths in self.runs.items()}
+        """For each case, that with the least time in the first round."""
+        return {case: min(widths, key=lambda width: _seconds(widths[width])) for case, widths in self.runs.items()}
 
     def best(self, case: Case) -> list[Record]:
         """The runs of a case at its best width; none if it was not measured."""

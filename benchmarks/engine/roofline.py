@@ -47,7 +47,7 @@ def _read_rate() -> float:
     import torch
 
     data = torch.ones(_STREAM_BYTES // 4)
-    return _STREAM_BYTES * _calls_per_second(lambda: data.sum())
+    return _STREAM_BYTES * _calls_per_second(data.sum)
 
 
 def _gemm_rate(make: Callable[[Any, Any], Callable[[], Any]], rows: int) -> float:

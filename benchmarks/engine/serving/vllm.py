@@ -1,6 +1,6 @@
 """vLLM's CPU build, driven as its own `LLM.generate` does: requests into the engine, steps until they are out.
 
-As its documentation for CPUs has it: OpenMP threads bound to the cores, Intel's OpenMP preloaded (see `contestants.py`),
+As its documentation for CPUs has it: OpenMP threads bound to the cores and Intel's OpenMP preloaded (`contestants.py`),
 torch.compile on. It brings no int8 weights of its own for a checkpoint in bf16.
 """
 
