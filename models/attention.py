@@ -85,6 +85,11 @@ def running(step: Step) -> Iterator[None]:
         _step.reset(token)
 
 
+def current_step() -> Step | None:
+    """The step that is running, if one is."""
+    return _step.get(None)
+
+
 def paged_attention(
     module: nn.Module,
     query: Tensor,

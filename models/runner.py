@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.attention import NAME, Chunk, Kernels, Step, as_tables, running
 from models.blocks import BlockPool, Lease
+from models.graphs import DecodeGraphs
 from models.kv_pool import KVPool, LayerShape
 from models.protocol import GenerationRequest, ModelLoadError, SamplingParams
 from models.rows import Flight, Row
@@ -25,12 +26,16 @@ _TOLERATED_ROUGH = 0.1  # of bfloat16 and of quantized models
 
 
 class Runner:
-    """One model over one pool. Holds no state of its own between steps."""
+    """One model over one pool. Holds no state of rows between steps."""
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool, kernels: Kernels) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: KVPool, kernels: Kernels, graphs: tuple[int, int] | None = None
+    ) -> None:
+        """`graphs`: capture CUDA graphs for at most (rows, blocks of a row)."""
         self._model = model
         self._pool = pool
         self._kernels = kernels
+        self._graphs = graphs and DecodeGraphs(self.forward, *graphs)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Tensor:
@@ -39,6 +44,10 @@ class Runner:
         Works of one token have to come first.
         """
         step = self.pack(works)
+        if self._graphs and all(work.outputs == 1 for work in works):
+            logits = self._graphs.run(step)
+            if logits is not None:
+                return logits
         wanted: list[int] = []
         for work, end in zip(works, itertools.accumulate(work.tokens for work in works), strict=True):
             wanted += range(end - work.outputs, end)
@@ -97,6 +106,7 @@ def layer_shapes(model: PreTrainedModel, name: str) -> list[LayerShape]:
         raise unservable(name, model, "it does not keep keys and values in a cache")
     if not model._supports_attention_backend:  # noqa: SLF001  no public way to ask
         raise unservable(name, model, "its attention does not use transformers' AttentionInterface")
+    model.set_attn_implementation("eager")
     cache = DynamicCache(config=config)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)

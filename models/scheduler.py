@@ -198,11 +198,13 @@ class BlockScheduler:
 
     def drop(self, rows: Sequence[Row]) -> None:
         """See `Scheduler`."""
+        waiting = 0
         for row in rows:
-            if row.lease is None:
-                self._queue.note_ended(1)
+            if row.lease:
+                self._give_back(row, row.lease)
             else:
-                self._give_back(row)
+                waiting += 1
+        self._queue.note_ended(waiting)
         self.running = [row for row in self.running if row.finish_reason is None]
 
     def plan(self) -> Plan:
@@ -249,14 +251,15 @@ class BlockScheduler:
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self.running = self.running[:-1]
-        if row.lease and self._copies.pop(row, None):  # what it would have copied is not there yet
-            row.computed_tokens = len(row.lease.nodes) * self._pool.block_tokens
-        self._give_back(row)
+        lease = row.lease
+        assert lease is not None
+        if self._copies.pop(row, None):  # what it would have copied is not there yet
+            row.computed_tokens = len(lease.nodes) * self._pool.block_tokens
+        self._give_back(row, lease)
         self._queue.push(row)
 
-    def _give_back(self, row: Row) -> None:
-        assert row.lease is not None
-        self._pool.release(row.lease, row.sequence[: row.computed_tokens])
+    def _give_back(self, row: Row, lease: Lease) -> None:
+        self._pool.release(lease, row.sequence[: row.computed_tokens])
         row.lease, row.computed_tokens = None, 0
 
     def _admit(self) -> None:

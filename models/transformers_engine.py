@@ -4,6 +4,7 @@ A step, from top to bottom: the scheduler plans (`models.scheduler`), the runner
 chooses (`models.sampling`), `models.base` turns tokens into text and ends what is over.
 """
 
+import importlib.util
 import itertools
 import logging
 import os
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.attention import Reference
+from models.attention import Kernels, Reference
 from models.base import BaseEngine
 from models.blocks import BlockPool
 from models.catalog import ModelSpec
+from models.fused import prepare_for_cpu
 from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
 from models.prompt import PromptError, PromptFormat, load_prompt_format
@@ -30,6 +32,7 @@ from models.scheduler import BlockScheduler, Plan, StepBudget, Work
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
+_GPU_MEMORY_FRACTION = 0.9
 _NAN_LOGITS = Failure("nan_logits", "the model's output for this request is not a number", retryable=True)
 
 
@@ -46,14 +49,26 @@ def load_transformers_engine(spec: ModelSpec, device: str | None = None) -> "Tra
 class TransformersEngine(BaseEngine):
     """A model with its KV pool. A fault costs only the row that causes it."""
 
-    def __init__(self, spec: ModelSpec, model: PreTrainedModel, prompt_format: PromptFormat) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: PreTrainedModel,
+        prompt_format: PromptFormat,
+        *,
+        kernels: Kernels | None = None,
+        graphs: bool = True,
+    ) -> None:
+        """`kernels` and `graphs` are for comparisons; by default the fastest that the device has."""
+        kernels = kernels or choose_kernels(model, spec)
         shapes = layer_shapes(model, spec.name)
         context_tokens = prompt_format.context_tokens
         blocks = pool_blocks(spec, shapes, context_tokens)
         self._model = model
         self._blocks = BlockPool(blocks, BLOCK_TOKENS)
-        self._pool = KVPool(shapes, blocks, BLOCK_TOKENS)
-        self._runner = Runner(model, self._pool, Reference())
+        self._pool = KVPool(shapes, blocks + 1, BLOCK_TOKENS)  # the last one is nobody's: see `models.graphs`
+        may_capture = graphs and model.device.type == "cuda" and type(kernels) is not Reference
+        rows_and_blocks = (spec.slots, self._blocks.blocks_for(min(context_tokens, blocks * BLOCK_TOKENS)))
+        self._runner = Runner(model, self._pool, kernels, rows_and_blocks if may_capture else None)
         check_attention(model, self._runner, self._blocks, spec.name)
         self._samplers: dict[Row, Sampler] = {}
         self._eos_token_ids = eos_token_ids(model, prompt_format)
@@ -189,6 +204,17 @@ def _smaller(works: Sequence[Work]) -> list[Work]:
     return [Work(work.row, work.first, half), Work(work.row, work.first + half, work.tokens - half)]
 
 
+def choose_kernels(model: PreTrainedModel, spec: ModelSpec) -> Kernels:
+    """The fastest attention that this device has; on a CPU the model's layers are made faster too, in place."""
+    if model.device.type == "cpu":
+        return prepare_for_cpu(model, spec.quantization)
+    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from models.kernels.triton import TritonKernels
+
+        return TritonKernels()
+    return Reference()
+
+
 def _step_budget(device: torch.device) -> StepBudget:
     """A step of a CPU may last 0.35 s, of a GPU 0.1 s: so long does a decoding row wait for its neighbours' prompts."""
     if device.type == "cpu":
@@ -202,7 +228,7 @@ def pool_blocks(spec: ModelSpec, shapes: Sequence[LayerShape], context_tokens: i
     Raises `ModelLoadError` if that is not even one block more than nothing.
     """
     useful = 2 * spec.slots * -(-context_tokens // BLOCK_TOKENS)  # every row at its longest, and as much to remember
-    blocks = min(useful, blocks_in(kv_budget_bytes(spec, shapes[0].device), shapes, BLOCK_TOKENS))
+    blocks = min(useful, blocks_in(kv_budget_bytes(spec, shapes[0].device), shapes, BLOCK_TOKENS) - 1)
     if blocks < 2:  # noqa: PLR2004
         raise ModelLoadError(f"model {spec.name}: kv_memory_bytes leaves no room for keys and values")
     return blocks
@@ -214,7 +240,8 @@ def kv_budget_bytes(spec: ModelSpec, device: torch.device) -> int:
         return spec.kv_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - (1 - spec.gpu_memory_fraction) * total))
+        fraction = spec.gpu_memory_fraction or _GPU_MEMORY_FRACTION
+        return max(0, int(free - (1 - fraction) * total))
     return _free_memory_bytes() // 5
 
 

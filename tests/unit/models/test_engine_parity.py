@@ -53,13 +53,13 @@ def test_equals_generate_under_everything_at_once(
     assert mismatches == ties
 
 
-def small_engine(folder: Path, model: Any) -> TransformersEngine:
+def small_engine(folder: Path, model: Any, device: str = "cpu") -> TransformersEngine:
     """Five slots, a pool too small for them, and steps of 24 tokens."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 4
-    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=POOL_BLOCKS * 16 * token_bytes)
-    engine = load_engine(spec, "cpu")
+    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=(POOL_BLOCKS + 1) * 16 * token_bytes)
+    engine = load_engine(spec, device)
     assert isinstance(engine, TransformersEngine)
     assert engine._blocks.blocks == POOL_BLOCKS
     engine._budget.tokens = engine._budget._most = 24
