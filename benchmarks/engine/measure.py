@@ -23,7 +23,7 @@ _LIMIT_SECONDS = 900  # of one run; a peer that hangs must not keep the others
 _ERROR_LINES = 3
 
 
-def measure(*, quick: bool, rounds: int | None = None, lock: Path | None = None) -> bool:
+def measure(*, quick: bool, rounds: int | None = None, only_width: int | None = None, lock: Path | None = None) -> bool:
     """Returns whether every promise that could be checked was held; --quick promises nothing.
 
     `lock` is a file that is held during each run, where other measurements share the machine.
@@ -37,15 +37,16 @@ def measure(*, quick: bool, rounds: int | None = None, lock: Path | None = None)
         ceiling = {} if quick else _roofline()
     results = Results()
     for number in range(rounds or (1 if quick else 3)):
-        for run in runs(number, results.best_widths() if number else {}, quick=quick):
+        best = results.best_widths() if number else {}
+        for run in runs(number, best, quick=quick, only_width=only_width):
             if run.case.engine in absent:
                 continue
             with _held(lock):
                 record = _record(run, model, console, quick=quick)
             if record:
                 results.add(run.case, record)
-        if not quick:
-            write(summary(results, ceiling, absent))
+            if not quick:
+                write(summary(results, ceiling, absent))  # after each, so that an hour is not lost to its last minute
     found = summary(results, ceiling, absent)
     _show(found, Console(), quick=quick)
     return quick or all(promise["held"] is not False for promise in found["promises"])

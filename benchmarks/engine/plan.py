@@ -34,14 +34,19 @@ class Run:
         return CONTESTANTS[self.case.engine]
 
 
-def runs(round_number: int, best_widths: Mapping[Case, int], *, quick: bool) -> Iterator[Run]:
-    """The runs of a round, engines taking turns. In the first, every width is tried; later the best goes on."""
+def runs(
+    round_number: int, best_widths: Mapping[Case, int], *, quick: bool, only_width: int | None = None
+) -> Iterator[Run]:
+    """The runs of a round, engines taking turns. In the first, every width is tried; later the best goes on.
+
+    `only_width` is tried instead of all, where an engine has several.
+    """
     for case in _cases(quick=quick):
         if case in best_widths:
             if case.engine not in _ONCE:
                 yield Run(case, best_widths[case])
         elif round_number == 0:
-            for width in _widths(case, quick=quick):
+            for width in _widths(case, only_width, quick=quick):
                 yield Run(case, width)
 
 
@@ -54,10 +59,12 @@ def _cases(*, quick: bool) -> Iterator[Case]:
     yield Case("first_token", "headrace", "bf16")
 
 
-def _widths(case: Case, *, quick: bool) -> tuple[int, ...]:
+def _widths(case: Case, only_width: int | None, *, quick: bool) -> tuple[int, ...]:
     if case.workload == "conversations":
         return (_CONVERSATION_WIDTH,)
     if case.workload == "first_token":
         return (_FIRST_TOKEN_WIDTH,)
     widths = CONTESTANTS[case.engine].widths
+    if only_width and len(widths) > 1:
+        return (only_width,)
     return widths[:1] if quick else widths

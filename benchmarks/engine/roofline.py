@@ -69,8 +69,8 @@ def _bf16(inputs: Any, weight: Any) -> Callable[[], Any]:
     import torch
 
     inputs = inputs.bfloat16()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), len(inputs))  # noqa: SLF001
-    return lambda: torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")  # noqa: SLF001
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), len(inputs))
+    return lambda: torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")
 
 
 def _int8(inputs: Any, weight: Any) -> Callable[[], Any]:
