@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="less of everything, nothing recorded")
     parser.add_argument("--rounds", type=int, help="engine: how often each engine is measured (3)")
     parser.add_argument("--width", type=int, help="engine: rows, instead of the best of 16, 24 and 32")
-    parser.add_argument("--lock", type=Path, help="engine: a file to hold during each run, beside other measurements")
+    parser.add_argument("--lock", type=Path, help="engine, quality: a file to hold during each run")
     options = parser.parse_args()
     unknown = set(options.names) - set(names)
     if unknown:
@@ -32,7 +32,7 @@ def _measure(name: str, options: argparse.Namespace) -> bool:
     if name == "engine":
         return measure_engine(quick=options.quick, rounds=options.rounds, only_width=options.width, lock=options.lock)
     if name == "quality":
-        return quality.measure(quick=options.quick)
+        return quality.measure(quick=options.quick, lock=options.lock)
     return STACK[name](quick=options.quick)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import RESULTS, hardware
+from benchmarks.turns import held
 from examples.tiny_chat_training.evaluate import EXAMS, LONGEST_ANSWER_TOKENS, Score
 from examples.tiny_chat_training.generate import Message
 from models.catalog import Catalog, CatalogError
@@ -30,22 +32,23 @@ _EXAMPLES = 2_000
 _ALL = "all skills"
 
 
-def measure(*, quick: bool) -> bool:
-    """Returns whether the 8-bit schemes stay within a point of none."""
+def measure(*, quick: bool, lock: Path | None = None) -> bool:
+    """Returns whether the 8-bit schemes stay within a point of none. `lock` is a file to hold during each scheme."""
     examples = 10 if quick else -(-_EXAMPLES // len(EXAMS))
     console = Console(stderr=True)
     scores: dict[str, list[Score]] = {}
     for scheme in SCHEMES:
         try:
-            scores[scheme] = score(scheme, examples)
+            with held(lock):
+                scores[scheme] = score(scheme, examples)
         except (EngineError, CatalogError) as error:
             console.print(f"{scheme} is absent: {error}", markup=False)
     lost = {scheme: points_lost(scores, scheme) for scheme in scores if scheme != "none"}
-    held = {scheme: lost[scheme] <= TOLERATED_POINTS for scheme in _HELD_TO_IT if scheme in lost}
+    kept = {scheme: lost[scheme] <= TOLERATED_POINTS for scheme in _HELD_TO_IT if scheme in lost}
     if not quick:
-        _write(scores, lost, held)
-    _show(scores, lost, held)
-    return quick or all(held.values())
+        _write(scores, lost, kept)
+    _show(scores, lost, kept)
+    return quick or all(kept.values())
 
 
 def score(scheme: str, examples: int) -> list[Score]:
@@ -98,7 +101,7 @@ def points_lost(scores: Mapping[str, Sequence[Score]], scheme: str) -> float:
     return 100 * (scores["none"][-1].accuracy - scores[scheme][-1].accuracy)
 
 
-def _write(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], held: Mapping[str, bool]) -> None:
+def _write(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], kept: Mapping[str, bool]) -> None:
     RESULTS.mkdir(exist_ok=True)
     record = {
         "name": "quality",
@@ -112,12 +115,12 @@ def _write(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], hel
         ],
         "points_lost": {scheme: round(points, 2) for scheme, points in lost.items()},
         "promise": f"int8-onednn and int8 at most {TOLERATED_POINTS:g} point below none",
-        "held": held,
+        "held": kept,
     }
     (RESULTS / "quality.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def _show(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], held: Mapping[str, bool]) -> None:
+def _show(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], kept: Mapping[str, bool]) -> None:
     table = Table(title="tiny-chat, exact match on held-out skills", title_justify="left")
     for column in ("skill", *scores):
         table.add_column(column, justify="left" if column == "skill" else "right")
@@ -126,7 +129,7 @@ def _show(scores: Mapping[str, Sequence[Score]], lost: Mapping[str, float], held
     console = Console(width=140)
     console.print(table)
     for scheme, points in lost.items():
-        word = {True: "held", False: "MISSED", None: "not promised"}[held.get(scheme)]
+        word = {True: "held", False: "MISSED", None: "not promised"}[kept.get(scheme)]
         console.print(f"{scheme}: {points:+.2f} points lost: {word}")
 
 

@@ -1,11 +1,9 @@
 """`python -m benchmarks engine`: every engine that is there, in interleaved rounds."""
 
-import fcntl
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from benchmarks.engine.model import FULL, SMALL, make
 from benchmarks.engine.places import REPOSITORY
 from benchmarks.engine.plan import Run, runs
 from benchmarks.engine.results import Results, summary, write
+from benchmarks.turns import held
 
 _LIMIT_SECONDS = 900  # of one run; a peer that hangs must not keep the others
 _ERROR_LINES = 3
@@ -33,7 +32,7 @@ def measure(*, quick: bool, rounds: int | None = None, only_width: int | None = 
     absent = [contestant.name for contestant in CONTESTANTS.values() if contestant.python is None]
     for name in absent:
         console.print(f"{name} is absent: `make bench-peers` makes its environment")
-    with _held(lock):
+    with held(lock):
         ceiling = {} if quick else _roofline()
     results = Results()
     for number in range(rounds or (1 if quick else 3)):
@@ -41,7 +40,7 @@ def measure(*, quick: bool, rounds: int | None = None, only_width: int | None = 
         for run in runs(number, best, quick=quick, only_width=only_width):
             if run.case.engine in absent:
                 continue
-            with _held(lock):
+            with held(lock):
                 record = _record(run, model, console, quick=quick)
             if record:
                 results.add(run.case, record)
@@ -88,16 +87,6 @@ def _record(run: Run, model: Path, console: Console, *, quick: bool) -> Mapping[
     record: dict[str, Any] = json.loads(found)
     console.print(f"{name}: {record.get('tokens_per_second', '')} tokens/s, {record.get('wall_seconds', '')} s")
     return record
-
-
-@contextmanager
-def _held(lock: Path | None) -> Iterator[None]:
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _show(found: Mapping[str, Any], console: Console, *, quick: bool) -> None:
