@@ -43,7 +43,8 @@ def equal(actual: Tensor, expected: Tensor) -> None:
 def equal_scaled(actual: Scaled, expected: Scaled) -> None:
     """Quantized values may differ by one where rounding decides."""
     if expected.scales is None:
-        return equal(actual.values, expected.values)
+        equal(actual.values, expected.values)
+        return
     assert actual.scales is not None
     torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-5, atol=0)
     off = (actual.values.int() - expected.values.int()).abs()
@@ -63,14 +64,14 @@ def test_norm_products_and_quantization_equal_the_twin(
     for incoming in (None, Scaled(added), Scaled(added, scales)):
         for quantize in (False, True):
             residuals = x.clone(), x.clone()
-            made = [o.add_norm(r, incoming, norm, quantize=quantize) for o, r in zip((ops, TWIN), residuals, strict=True)]
+            made = [
+                o.add_norm(r, incoming, norm, quantize=quantize) for o, r in zip((ops, TWIN), residuals, strict=True)
+            ]
             equal(*residuals)
             if dtype == torch.float32 or not quantize:  # bf16: a residual that rounds otherwise moves many bytes
                 equal_scaled(*made)
             gate_up = Scaled(torch.cat([x, added], -1) * 3, incoming.scales if incoming else None)
-            equal_scaled(
-                ops.silu_multiply(gate_up, quantize=quantize), TWIN.silu_multiply(gate_up, quantize=quantize)
-            )
+            equal_scaled(ops.silu_multiply(gate_up, quantize=quantize), TWIN.silu_multiply(gate_up, quantize=quantize))
 
 
 def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
@@ -82,7 +83,9 @@ def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
     assert (ops.quantize(torch.zeros(2, 32)).values == cpu.ZERO_POINT).all()
 
 
-def pool_of(rows: int, contexts: list[int], kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype) -> Any:
+def pool_of(  # noqa: PLR0917
+    rows: int, contexts: list[int], kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype
+) -> Any:
     """A pool whose blocks are dealt out at random, and the rows' tables."""
     needed = [-(-context // block_tokens) for context in contexts]
     layer = LayerShape(kv_heads, dim, dim, dtype, torch.device("cpu"))
@@ -149,9 +152,11 @@ RULES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), [(14, 2, 64, 16), (3, 3, 32, 48), (8, 1, 96, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_tokens"), [(14, 2, 64, 16), (3, 3, 32, 48), (8, 1, 96, 64)]
+)
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_attention_equals_the_reference(
+def test_attention_equals_the_reference(  # noqa: PLR0917
     ops: CompiledOps,
     dtype: torch.dtype,
     heads: int,
