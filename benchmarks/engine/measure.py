@@ -81,8 +81,9 @@ def _record(run: Run, model: Path, console: Console, *, quick: bool) -> Mapping[
         )
         found = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     except (subprocess.SubprocessError, StopIteration) as error:
-        words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-_ERROR_LINES:]
-        console.print(f"{name} failed:", *words, sep="\n  ", markup=False)
+        words = (getattr(error, "stderr", None) or "").strip().splitlines()[-_ERROR_LINES:]
+        reason = f"{type(error).__name__}, exit status {getattr(error, 'returncode', 'unknown')}"
+        console.print(f"{name} failed: {reason}", *words, sep="\n  ", markup=False)
         return None
     record: dict[str, Any] = json.loads(found)
     console.print(f"{name}: {record.get('tokens_per_second', '')} tokens/s, {record.get('wall_seconds', '')} s")

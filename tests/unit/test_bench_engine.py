@@ -163,6 +163,14 @@ def test_the_best_width_counts_and_ratios_are_of_the_same_round() -> None:
     assert told["absent"] == ["vllm-cpu"]
 
 
+def test_a_quick_run_without_a_roofline_has_records_all_the_same() -> None:
+    """Only the share of the ideal is missing."""
+    found = Results()
+    record = {"workload": "mixed", "width": 16, "tokens_per_second": 1.0, "wall_seconds": 1.0}
+    found.add(Case("mixed", "headrace", "bf16"), record)
+    assert "share_of_ideal" not in summary(found, {}, [])["records"][0]
+
+
 @pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim.name)
 def test_every_aim_is_about_a_case_that_is_measured(aim: results.Aim) -> None:
     """With a record for each planned case, each aim has a figure."""
