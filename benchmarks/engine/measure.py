@@ -13,6 +13,7 @@ from rich.table import Table
 from benchmarks.engine import roofline
 from benchmarks.engine.contestants import CONTESTANTS
 from benchmarks.engine.model import FULL, SMALL, make
+from benchmarks.engine.neighbours import Neighbours
 from benchmarks.engine.places import REPOSITORY
 from benchmarks.engine.plan import Run, runs
 from benchmarks.engine.results import Results, summary, write
@@ -20,6 +21,7 @@ from benchmarks.turns import held
 
 _LIMIT_SECONDS = 900  # of one run; a peer that hangs must not keep the others
 _ERROR_LINES = 3
+_TOLERATED_CORES = 0.2
 
 
 def measure(*, quick: bool, rounds: int | None = None, only_width: int | None = None, lock: Path | None = None) -> bool:
@@ -69,6 +71,7 @@ def _record(run: Run, model: Path, console: Console, *, quick: bool) -> Mapping[
     command += ["--precision", case.precision, "--width", str(run.width)]
     command += ["--reuse"] * case.reuse + ["--quick"] * quick
     environment = run.contestant.environment()
+    neighbours = Neighbours()
     try:
         done = subprocess.run(
             command,
@@ -85,8 +88,11 @@ def _record(run: Run, model: Path, console: Console, *, quick: bool) -> Mapping[
         reason = f"{type(error).__name__}, exit status {getattr(error, 'returncode', 'unknown')}"
         console.print(f"{name} failed: {reason}", *words, sep="\n  ", markup=False)
         return None
-    record: dict[str, Any] = json.loads(found)
+    cores = neighbours.cores()
+    record: dict[str, Any] = json.loads(found) | {"other_cores_busy": None if cores is None else round(cores, 2)}
     console.print(f"{name}: {record.get('tokens_per_second', '')} tokens/s, {record.get('wall_seconds', '')} s")
+    if cores and cores > _TOLERATED_CORES:
+        console.print(f"  {cores:.1f} cores were busy with other things meanwhile: do not trust it", style="red")
     return record
 
 

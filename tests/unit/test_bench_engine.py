@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine import conversations, mixed, peers, places, results
+from benchmarks.engine import conversations, mixed, neighbours, peers, places, results
 from benchmarks.engine.contestants import CONTESTANTS
 from benchmarks.engine.model import FULL, ModelShape, make
 from benchmarks.engine.plan import Case, Run, runs
@@ -192,6 +193,20 @@ def test_the_ideal_time_is_of_the_best_rate() -> None:
     tokens = output + sum(len(one.prompt_token_ids) for one in loads)
     operations = 2 * (tokens * FULL.layers * FULL.layer_parameters + output * FULL.head_parameters)
     assert ideal_seconds({"16": 100.0, "64": 300.0}) == pytest.approx(operations / 300e9)
+
+
+def test_a_run_tells_what_else_the_machine_was_busy_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All processor time but that of our own children, over the time that passed; guests are not counted twice."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    clock = iter((100.0, 110.0))
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(neighbours, "_STAT", stat)
+    monkeypatch.setattr(neighbours, "_children_seconds", iter((1.0, 9.0)).__next__)
+    monkeypatch.setattr(neighbours.time, "monotonic", lambda: next(clock))
+    stat.write_text(f"cpu {5 * ticks} 0 0 7 7 0 0 0 99 99\ncpu0\n")
+    watch = neighbours.Neighbours()
+    stat.write_text(f"cpu {16 * ticks} 0 {2 * ticks} 999 999 0 0 0 9999 9999\ncpu0\n")
+    assert watch.cores() == pytest.approx(0.5)
 
 
 # -- engines ------------------------------------------------------------------------------------------------------
