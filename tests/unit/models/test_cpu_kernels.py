@@ -43,7 +43,8 @@ def equal(actual: Tensor, expected: Tensor) -> None:
 def equal_scaled(actual: Scaled, expected: Scaled) -> None:
     """Quantized values may differ by one where rounding decides."""
     if expected.scales is None:
-        return equal(actual.values, expected.values)
+        equal(actual.values, expected.values)
+        return
     assert actual.scales is not None
     torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-5, atol=0)
     off = (actual.values.int() - expected.values.int()).abs()
@@ -63,14 +64,14 @@ def test_norm_products_and_quantization_equal_the_twin(
     for incoming in (None, Scaled(added), Scaled(added, scales)):
         for quantize in (False, True):
             residuals = x.clone(), x.clone()
-            made = [o.add_norm(r, incoming, norm, quantize=quantize) for o, r in zip((ops, TWIN), residuals, strict=True)]
+            made = [
+                o.add_norm(r, incoming, norm, quantize=quantize) for o, r in zip((ops, TWIN), residuals, strict=True)
+            ]
             equal(*residuals)
             if dtype == torch.float32 or not quantize:  # bf16: a residual that rounds otherwise moves many bytes
                 equal_scaled(*made)
             gate_up = Scaled(torch.cat([x, added], -1) * 3, incoming.scales if incoming else None)
-            equal_scaled(
-                ops.silu_multiply(gate_up, quantize=quantize), TWIN.silu_multiply(gate_up, quantize=quantize)
-            )
+            equal_scaled(ops.silu_multiply(gate_up, quantize=quantize), TWIN.silu_multiply(gate_up, quantize=quantize))
 
 
 def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
@@ -82,7 +83,7 @@ def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
     assert (ops.quantize(torch.zeros(2, 32)).values == cpu.ZERO_POINT).all()
 
 
-def pool_of(rows: int, contexts: list[int], kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype) -> Any:
+def pool_of(contexts: list[int], *, kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype) -> Any:
     """A pool whose blocks are dealt out at random, and the rows' tables."""
     needed = [-(-context // block_tokens) for context in contexts]
     layer = LayerShape(kv_heads, dim, dim, dtype, torch.device("cpu"))
@@ -95,7 +96,7 @@ def pool_of(rows: int, contexts: list[int], kv_heads: int, dim: int, block_token
 
 def step_of(contexts: list[int], chunk_tokens: list[int], **pool_settings: Any) -> Step:
     """The last of `contexts` belong to chunks of so many tokens; the others decode."""
-    pool, tables = pool_of(len(contexts), contexts, **pool_settings)
+    pool, tables = pool_of(contexts, **pool_settings)
     decode_rows = len(contexts) - len(chunk_tokens)
     firsts = [decode_rows + sum(chunk_tokens[:at]) for at in range(len(chunk_tokens))]
     chunks = tuple(
@@ -149,18 +150,15 @@ RULES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_tokens"), [(14, 2, 64, 16), (3, 3, 32, 48), (8, 1, 96, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_tokens"), [(14, 2, 64, 16), (3, 3, 32, 48), (8, 1, 96, 64)]
+)
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_attention_equals_the_reference(
-    ops: CompiledOps,
-    dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    block_tokens: int,
-    rules: dict[str, Any],
+    ops: CompiledOps, dtype: torch.dtype, shape: tuple[int, int, int, int], rules: dict[str, Any]
 ) -> None:
     """Decoding rows and chunks, fresh and continued, with contexts on both sides of blocks' and tiles' borders."""
+    heads, kv_heads, dim, block_tokens = shape
     settings = {"kv_heads": kv_heads, "dim": dim, "block_tokens": block_tokens, "dtype": dtype}
     step = step_of([1, 16, 17, 63, 64, 65, 300, 40, 150, 1], [40, 37, 1], **settings)
     check(ops, step, heads, rules)
