@@ -10,6 +10,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 from models.catalog import ModelSpec
 from models.protocol import (
@@ -20,6 +22,7 @@ from models.protocol import (
     Failure,
     GenerationRequest,
     Health,
+    InvalidRequest,
     Outcome,
     Started,
     check_request,
@@ -28,6 +31,8 @@ from models.rows import Advance, Flight
 from models.scheduler import Plan, Scheduler, Work
 
 log = logging.getLogger(__name__)
+
+_PREPARING_SECONDS = 0.01  # an engine with nothing else to do looks this often whether a request is ready
 
 
 class BaseEngine(ABC):
@@ -50,6 +55,7 @@ class BaseEngine(ABC):
         self._context_tokens = context_tokens
         self._decode = decode
         self._flights: dict[str, Flight] = {}  # every request that has not ended
+        self._preparing: dict[Flight, Future[Any]] = {}  # those whose rows the scheduler does not know yet
         self._deadlines: list[tuple[float, int, Flight]] = []  # heap; may hold flights that have ended
         self._cancelled: list[Flight] = []  # since the last step
         self._arrivals = itertools.count()
@@ -61,6 +67,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def _forward(self, plan: Plan) -> list[Advance]:
         """One pass over the rows of the plan; one `Advance` for each. May raise: then all of them fail."""
+
+    def _prepare(self, request: GenerationRequest) -> Future[Any] | None:  # noqa: ARG002  for those that override it
+        """What must be done, by another thread, before the request's first step; None if nothing."""
+        return None
 
     def _recover(self) -> None:  # noqa: B027  an engine without state has nothing to do
         """After a failed pass: drop what it left behind. Raises if no pass can ever succeed again."""
@@ -75,8 +85,11 @@ class BaseEngine(ABC):
             raise DuplicateRequest(request.id)
         flight = Flight(request, time.monotonic(), self._decode)
         self._flights[request.id] = flight
-        for row in flight.rows:
-            self._scheduler.add(row)
+        prepared = self._prepare(request)
+        if prepared is None or (prepared.done() and not prepared.exception()):
+            self._enter(flight)
+        else:
+            self._preparing[flight] = prepared
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (flight.deadline_at, next(self._arrivals), flight))
 
@@ -93,10 +106,12 @@ class BaseEngine(ABC):
         """See `Engine`."""
         self._step_began = began = time.monotonic()
         try:
-            events = self._end_stopped(began)
+            events = self._end_stopped(began) + self._take_prepared()
             plan = self._scheduler.plan()
             if plan.works:
                 events += self._run(plan, began)
+            elif self._preparing:
+                wait(self._preparing.values(), _PREPARING_SECONDS, FIRST_COMPLETED)
             return events
         finally:
             self._step_began = None
@@ -139,6 +154,27 @@ class BaseEngine(ABC):
         stopped |= dict.fromkeys(self._cancelled, "cancelled")
         self._cancelled = []
         return self._end((flight, outcome) for flight, outcome in stopped.items() if self._is_open(flight))
+
+    def _enter(self, flight: Flight) -> None:
+        for row in flight.rows:
+            self._scheduler.add(row)
+
+    def _take_prepared(self) -> list[Event]:
+        """What is ready joins the queue; what cannot be made ready ends."""
+        failed = []
+        for flight, prepared in [pair for pair in self._preparing.items() if pair[1].done()]:
+            if error := prepared.exception():
+                flight.failure = self._unprepared(error)
+                failed.append(flight)
+            else:
+                del self._preparing[flight]
+                self._enter(flight)
+        return self._end((flight, "failed") for flight in failed)
+
+    def _unprepared(self, error: BaseException) -> Failure:
+        if isinstance(error, InvalidRequest):
+            return Failure("invalid_request", str(error), retryable=False)
+        return Failure("engine_error", f"{type(error).__name__}: {error}", retryable=True)
 
     def _is_open(self, flight: Flight) -> bool:
         return self._flights.get(flight.request.id) is flight
@@ -201,6 +237,7 @@ class BaseEngine(ABC):
     def _close_flight(self, flight: Flight, outcome: Outcome, now: float) -> Ended:
         unfinished = [row for row in flight.rows if row.finish_reason is None]
         ended = flight.end(outcome, now)
-        self._scheduler.drop(unfinished)
+        if self._preparing.pop(flight, None) is None:
+            self._scheduler.drop(unfinished)
         del self._flights[flight.request.id]
         return ended

@@ -9,6 +9,7 @@ import time
 from models.base import BaseEngine
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
+from models.protocol import GenerationRequest, InvalidRequest
 from models.rows import Advance, Row
 from models.scheduler import Plan, SlotScheduler
 
@@ -27,6 +28,17 @@ class EchoEngine(BaseEngine):
             decode=prompt_format.decode,
         )
 
+    def submit(self, request: GenerationRequest) -> None:
+        """See `Engine`. What only a model could do is refused."""
+        sampling = request.sampling
+        asked = {"logprobs": sampling.logprobs, "prompt_logprobs": sampling.prompt_logprobs}
+        if sampling.structure:
+            asked[sampling.structure.field] = 0
+        for field, value in asked.items():
+            if value is not None:
+                raise InvalidRequest(field, "the echo engine only repeats the prompt")
+        super().submit(request)
+
     def _forward(self, plan: Plan) -> list[Advance]:
         if self._spec.seconds_per_token:
             time.sleep(self._spec.seconds_per_token)
@@ -35,9 +47,10 @@ class EchoEngine(BaseEngine):
 
 
 def _echo(row: Row, tokens: int) -> Advance:
-    """The next tokens of the answer; told to ignore its end, it says the prompt again and again."""
+    """The next tokens of the answer: the prompt, again and again if it is to be longer."""
     prompt, sampling = row.flight.request.prompt_token_ids, row.flight.request.sampling
-    answer = prompt * (sampling.max_tokens // len(prompt) + 1) if sampling.ignore_eos else prompt
+    length = sampling.max_tokens + 1 if sampling.ignore_eos else max(len(prompt), sampling.min_tokens)
+    answer = prompt if length == len(prompt) else (prompt * (length // len(prompt) + 1))[:length]
     done = len(row.token_ids)
     token_ids = answer[done : done + tokens]
     prefilled = 0 if done else len(prompt)

@@ -18,14 +18,18 @@ from torch import Tensor
 from models.protocol import Failure, SamplingParams, TokenLogprobs
 
 _GREEDY_BELOW_TEMPERATURE = 1e-5  # dividing by less would overflow float32; the likeliest token wins anyway
+_LEAST_LOGPROB = -9_999.0  # as OpenAI's API has it
 _NUCLEUS_TOKENS = 1_024  # looked at first for top-p: the nucleus is rarely larger, and sorting a vocabulary is dear
 
 
 class Matcher(Protocol):
     """Follows one row's text through a structure. `models.grammar` makes them."""
 
-    is_complete: bool  # the text satisfies the structure, and nothing may follow but EOS
-    error: str | None  # it cannot go on
+    error: str | None  # why it cannot go on
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text satisfies the structure, and nothing may follow but EOS."""
 
     def allowed(self) -> bytes:
         """Which tokens may come next, one bit each, lowest first; at least one is set. Sets `error` if that fails."""
@@ -104,12 +108,12 @@ class Sampler:
         if self.written:
             self.written.add(token_id)
         self.silent = token_id in self._eos_token_ids
-        if self.matcher and not self.silent and not self.ended:
+        if self.matcher and not self.ended:
             self._follow(self.matcher, token_id)
         self.ended = self.ended or self.silent
 
     def _follow(self, matcher: Matcher, token_id: int) -> None:
-        if matcher.error is None:
+        if matcher.error is None and not self.silent:
             matcher.advance(token_id)
         if matcher.error is not None:
             message = f"{self.sampling.structure.field if self.sampling.structure else 'structure'}: {matcher.error}"
@@ -149,9 +153,10 @@ def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int | No
     rows = [row for row, _ in asked]
     picked = (logits if len(rows) == len(logits) else logits[rows]).float()
     own = torch.tensor([token_ids[row] for row in rows], device=logits.device).unsqueeze(-1)
-    top = picked.topk(max(count for _, count in asked), dim=-1)
+    top = picked.topk(min(max(count for _, count in asked), picked.shape[-1]), dim=-1)
     values = torch.cat([picked.gather(-1, own), top.values], dim=-1) - picked.logsumexp(dim=-1, keepdim=True)
-    values = values.double().round(decimals=6)  # (rows asked, 1 + most); in double, so that they are short in JSON
+    # (rows asked, 1 + most); in double, so that they are short in JSON, which has no infinity either
+    values = values.double().clamp(min=_LEAST_LOGPROB).round(decimals=6)
     for (row, count), own_id, ids, (value, *others) in zip(
         asked, own.squeeze(-1).tolist(), top.indices.tolist(), values.tolist(), strict=True
     ):
@@ -183,7 +188,9 @@ def _adjust(logits: Tensor, samplers: Sequence[Sampler]) -> None:
     for row, sampler in enumerate(samplers):
         rules = sampler.sampling
         if sampler.seen:
-            repeats.add(row, sampler.seen.token_ids, [rules.repetition_penalty] * len(sampler.seen.token_ids))
+            repeats.add(
+                row, sampler.seen.token_ids, array("f", [rules.repetition_penalty]) * len(sampler.seen.token_ids)
+            )
         if sampler.written:
             lost = [rules.presence_penalty + rules.frequency_penalty * count for count in sampler.written.counts]
             counts.add(row, sampler.written.token_ids, lost)
@@ -258,7 +265,7 @@ def _keep_top(logits: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
     """Only the tokens that top-k, top-p and min-p leave, each applied to what the one before left.
 
     The `top_k` likeliest; the fewest whose probabilities reach `top_p` (nucleus); those at least `min_p` times as
-    likely as the likeliest. Equally likely ones stay or go together: it must not matter how a device sorts them.
+    likely as the likeliest. Equally likely tokens stay or go together: it does not matter how a device sorts them.
     """
     floor = logits.new_full((len(rules), 1), -torch.inf)  # what lies below is cut
     cut = [row for row, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]

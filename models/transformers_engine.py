@@ -10,6 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ from models.base import BaseEngine
 from models.blocks import BlockPool
 from models.catalog import ModelSpec
 from models.fused import prepare_for_cpu
+from models.grammar import Grammars
 from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
 from models.prompt import PromptError, PromptFormat, load_prompt_format
-from models.protocol import Event, Failure, ModelLoadError
+from models.protocol import Event, Failure, GenerationRequest, ModelLoadError
 from models.rows import Advance, Row
 from models.runner import Runner, check_attention, layer_shapes
 from models.sampling import Sampler, logprobs, sample
@@ -72,12 +75,14 @@ class TransformersEngine(BaseEngine):
         check_attention(model, self._runner, self._blocks, spec.name)
         self._samplers: dict[Row, Sampler] = {}
         self._eos_token_ids = eos_token_ids(model, prompt_format)
+        vocab_tokens = model.config.get_text_config().vocab_size
+        self._grammars = Grammars(prompt_format, vocab_tokens, self._eos_token_ids)
         self._budget = _step_budget(model.device)
         super().__init__(
             spec,
             BlockScheduler(self._blocks, self._budget, spec.slots),
             device=model.device.type,
-            vocab_tokens=model.config.get_text_config().vocab_size,
+            vocab_tokens=vocab_tokens,
             context_tokens=min(context_tokens, blocks * BLOCK_TOKENS),
             decode=prompt_format.decode,
         )
@@ -90,6 +95,15 @@ class TransformersEngine(BaseEngine):
         if not self.has_work() and self._blocks.used:
             raise AssertionError(f"{self._blocks.used} blocks of the KV pool are held by nobody")
         return events
+
+    def close(self) -> None:
+        """See `Engine`."""
+        super().close()
+        self._grammars.close()
+
+    def _prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        structure = request.sampling.structure
+        return None if structure is None else self._grammars.compile(structure)
 
     def _forward(self, plan: Plan) -> list[Advance]:
         self._pool.copy_blocks(plan.copies)
@@ -168,6 +182,7 @@ class TransformersEngine(BaseEngine):
     def _sampler(self, row: Row) -> Sampler:
         if row not in self._samplers:
             request = row.flight.request
+            structure = request.sampling.structure
             self._samplers[row] = Sampler(
                 request.sampling,
                 row.index,
@@ -175,6 +190,7 @@ class TransformersEngine(BaseEngine):
                 self._vocab_tokens,
                 self._device,
                 eos_token_ids=self._eos_token_ids,
+                matcher=None if structure is None else self._grammars.matcher(structure),
             )
         return self._samplers[row]
 

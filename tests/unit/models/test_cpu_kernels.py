@@ -83,7 +83,9 @@ def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
     assert (ops.quantize(torch.zeros(2, 32)).values == cpu.ZERO_POINT).all()
 
 
-def pool_of(contexts: list[int], *, kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype) -> Any:
+def pool_of(  # noqa: PLR0917
+    rows: int, contexts: list[int], kv_heads: int, dim: int, block_tokens: int, dtype: torch.dtype
+) -> Any:
     """A pool whose blocks are dealt out at random, and the rows' tables."""
     needed = [-(-context // block_tokens) for context in contexts]
     layer = LayerShape(kv_heads, dim, dim, dtype, torch.device("cpu"))
@@ -96,7 +98,7 @@ def pool_of(contexts: list[int], *, kv_heads: int, dim: int, block_tokens: int, 
 
 def step_of(contexts: list[int], chunk_tokens: list[int], **pool_settings: Any) -> Step:
     """The last of `contexts` belong to chunks of so many tokens; the others decode."""
-    pool, tables = pool_of(contexts, **pool_settings)
+    pool, tables = pool_of(len(contexts), contexts, **pool_settings)
     decode_rows = len(contexts) - len(chunk_tokens)
     firsts = [decode_rows + sum(chunk_tokens[:at]) for at in range(len(chunk_tokens))]
     chunks = tuple(
@@ -154,11 +156,16 @@ RULES = {
     ("heads", "kv_heads", "dim", "block_tokens"), [(14, 2, 64, 16), (3, 3, 32, 48), (8, 1, 96, 64)]
 )
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_attention_equals_the_reference(
-    ops: CompiledOps, dtype: torch.dtype, shape: tuple[int, int, int, int], rules: dict[str, Any]
+def test_attention_equals_the_reference(  # noqa: PLR0917
+    ops: CompiledOps,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    rules: dict[str, Any],
 ) -> None:
     """Decoding rows and chunks, fresh and continued, with contexts on both sides of blocks' and tiles' borders."""
-    heads, kv_heads, dim, block_tokens = shape
     settings = {"kv_heads": kv_heads, "dim": dim, "block_tokens": block_tokens, "dtype": dtype}
     step = step_of([1, 16, 17, 63, 64, 65, 300, 40, 150, 1], [40, 37, 1], **settings)
     check(ops, step, heads, rules)
