@@ -59,7 +59,7 @@ class Results:
                 str(width): statistics.median(run["tokens_per_second"] for run in runs)
                 for width, runs in self.runs[case].items()
             }
-            if record["width"] > 1:
+            if record["width"] > 1 and ideal_seconds:
                 ideal = ideal_seconds["int8" if case.precision == "int8" else "bf16"]
                 record["share_of_ideal"] = round(ideal / record["wall_seconds"], 3)
         return record
