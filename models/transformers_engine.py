@@ -138,7 +138,7 @@ class TransformersEngine(BaseEngine):
         choosing = {
             work: end - 1
             for work, end in zip(works, ends, strict=True)
-            if work.chooses and work in computed and work.row.tokens_to_come
+            if work.chooses and work not in unsound and work.row.tokens_to_come
         }
         chosen = self._sample(list(choosing), list(choosing.values()), logits) if choosing else {}
         for work, end in zip(works, ends, strict=True):
