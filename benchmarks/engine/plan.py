@@ -55,7 +55,8 @@ def _cases(*, quick: bool) -> Iterator[Case]:
         if not (quick and contestant.name in _ONCE):
             yield from (Case("mixed", contestant.name, precision) for precision in contestant.precisions)
     for engine, precision in _CONVERSING.items():
-        yield from (Case("conversations", engine, precision, reuse) for reuse in (False, True))
+        if not (quick and engine != "headrace"):
+            yield from (Case("conversations", engine, precision, reuse) for reuse in (False, True))
     yield Case("first_token", "headrace", "bf16")
 
 
