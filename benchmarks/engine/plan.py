@@ -53,7 +53,8 @@ def runs(
 def _cases(*, quick: bool) -> Iterator[Case]:
     for contestant in CONTESTANTS.values():
         if not (quick and contestant.name in _ONCE):
-            yield from (Case("mixed", contestant.name, precision) for precision in contestant.precisions)
+            precisions = contestant.precisions[:1] if quick else contestant.precisions
+            yield from (Case("mixed", contestant.name, precision) for precision in precisions)
     for engine, precision in _CONVERSING.items():
         if not (quick and engine != "headrace"):
             yield from (Case("conversations", engine, precision, reuse) for reuse in (False, True))
