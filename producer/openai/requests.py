@@ -67,6 +67,8 @@ def translate(endpoint: str, body: Body) -> Asked:
     fields = {"model": _typed(given, "model"), "max_tokens": _optional(given, limit)}
     fields |= {name: _optional(given, name) for name in route.sampling if name in given}
     fields |= {"logprobs": route.logprobs(given)} | route.prompt(given)
+    if fields.get("response_format") == {"type": "text"}:
+        del fields["response_format"]
     try:
         return Asked(JobRequest.parse(fields), names)
     except RequestInvalid as error:
