@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 CONTEXT_TOKENS = 4_096
+_STEPS_TIMED = 40
 OURS = (  # rows, name, kernels, graphs
     (16, "headrace", "triton", True),
     (64, "headrace", "triton", True),
@@ -80,11 +81,17 @@ def measure(*, quick: bool) -> bool:
     bandwidth = copy_bandwidth()
     for name in list(SHAPES)[: 1 if quick else None]:
         model = make(name)
-        records += [{"model": name, **record} for record in compare(model, name, quick=quick, bandwidth=bandwidth)]
+        for record in compare(model, name, quick=quick, bandwidth=bandwidth):
+            records.append({"model": name, **record})
+            print(" ".join(f"{key}={value}" for key, value in records[-1].items()), flush=True)
+            write(records, bandwidth)  # each time: who is stopped at a time limit has not measured for nothing
         del model
         torch.cuda.empty_cache()
-    for record in records:
-        print(" ".join(f"{key}={value}" for key, value in record.items()))
+    return True
+
+
+def write(records: Sequence[dict[str, Any]], bandwidth: float) -> None:
+    """Keep what was measured so far."""
     hardware = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": round(bandwidth)}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     RESULTS.write_bytes(
@@ -99,7 +106,6 @@ def measure(*, quick: bool) -> bool:
             option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE,
         )
     )
-    return True
 
 
 def make(name: str) -> Any:
@@ -113,11 +119,10 @@ def make(name: str) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def compare(model: Any, name: str, *, quick: bool, bandwidth: float) -> list[dict[str, Any]]:
+def compare(model: Any, name: str, *, quick: bool, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Tokens a second of each way over the same load, and our step times."""
     vocab = SHAPES[name]["vocab_size"]
     load = mixed(64 if quick else 128, vocab)
-    records = []
     for rows, label, kernels, graphs in OURS:
         engine = TransformersEngine(
             spec(name, rows),
@@ -127,9 +132,8 @@ def compare(model: Any, name: str, *, quick: bool, bandwidth: float) -> list[dic
             graphs=graphs,
         )
         ours(engine, load[:rows])  # warm: kernels compile, graphs are captured
-        records.append({"engine": label, "rows": rows, **timed(lambda engine=engine: ours(engine, load), load)})
-        if graphs:
-            records[-1] |= step_time(engine, model, rows, vocab, bandwidth)
+        record = {"engine": label, "rows": rows, **timed(lambda engine=engine: ours(engine, load), load)}
+        yield record | (step_time(engine, model, rows, vocab, bandwidth) if graphs else {})
         engine.close()
         del engine
         torch.cuda.empty_cache()
@@ -137,15 +141,13 @@ def compare(model: Any, name: str, *, quick: bool, bandwidth: float) -> list[dic
     for rows in (16, 64):
         part = load[: 2 * rows]
         padded(model, load[:2])
-        records.append(
-            {
-                "engine": "transformers padded",
-                "rows": rows,
-                "requests": len(part),
-                **timed(lambda part=part, rows=rows: padded(model, part, rows), part),
-            }
-        )
-    return [*records, {"engine": "transformers continuous", **continuous(model, load[:64])}]
+        yield {
+            "engine": "transformers padded",
+            "rows": rows,
+            "requests": len(part),
+            **timed(lambda part=part, rows=rows: padded(model, part, rows), part),
+        }
+    yield {"engine": "transformers continuous", **continuous(model, load[:64])}
 
 
 def spec(name: str, rows: int) -> ModelSpec:
@@ -187,13 +189,13 @@ def ours(engine: TransformersEngine, load: Load) -> None:
 
 def step_time(engine: TransformersEngine, model: Any, rows: int, vocab: int, bandwidth: float) -> dict[str, float]:
     """The median decode step over rows of 512 tokens, and its floor."""
-    prompts: Load = [([at % vocab] * 480, 80) for at in range(rows)]
+    prompts: Load = [([at % vocab] * 480, 600) for at in range(rows)]
     salt = str(time.perf_counter())
     for at, (prompt, tokens) in enumerate(prompts):
         sampling = SamplingParams(tokens, temperature=0.0, ignore_eos=True)
         engine.submit(GenerationRequest(f"{salt} {at}", (at, *prompt), sampling, cache_salt=f"{salt} {at}"))
     seconds: list[float] = []
-    while engine.has_work():
+    while len(seconds) < _STEPS_TIMED:
         decoding = len(engine._scheduler.running) == rows and all(
             row.missing_tokens == 1 for row in engine._scheduler.running
         )
@@ -201,6 +203,9 @@ def step_time(engine: TransformersEngine, model: Any, rows: int, vocab: int, ban
         engine.step()
         if decoding:
             seconds.append(time.perf_counter() - began)
+    for at in range(rows):
+        engine.cancel(f"{salt} {at}")
+    engine.step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     token_bytes = sum(t[0, :, 0].nbytes for t in (*engine._pool.keys, *engine._pool.values))
     floor = (weights + rows * 512 * token_bytes) / bandwidth

@@ -149,15 +149,19 @@ class StepBudget:
     A long step keeps decoding rows and cancelled ones waiting; a short one wastes its fixed costs.
     """
 
-    def __init__(self, tokens: int, most_tokens: int, target_seconds: float) -> None:
+    def __init__(
+        self, tokens: int, most_tokens: int, target_seconds: float, least_tokens: int = _LEAST_PREFILL_TOKENS
+    ) -> None:
         self.tokens = tokens
         self._most = most_tokens
+        self._least = least_tokens
         self._target_seconds = target_seconds
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step over so many tokens took so long."""
         if seconds > self._target_seconds:
-            self.tokens = max(_LEAST_PREFILL_TOKENS, int(self.tokens * max(0.5, 0.9 * self._target_seconds / seconds)))
+            fitting = int(self.tokens * max(0.5, 0.9 * self._target_seconds / seconds))
+            self.tokens = max(min(self._least, self.tokens), fitting)
         elif tokens >= self.tokens and seconds < 0.7 * self._target_seconds:
             self.tokens = min(self._most, self.tokens + self.tokens // 4)
 

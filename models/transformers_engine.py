@@ -138,7 +138,7 @@ class TransformersEngine(BaseEngine):
         choosing = {
             work: end - 1
             for work, end in zip(works, ends, strict=True)
-            if work.chooses and work in computed and work.row.tokens_to_come
+            if work.chooses and work not in unsound and work.row.tokens_to_come
         }
         chosen = self._sample(list(choosing), list(choosing.values()), logits) if choosing else {}
         for work, end in zip(works, ends, strict=True):
@@ -235,7 +235,8 @@ def _step_budget(device: torch.device) -> StepBudget:
     """A step of a CPU may last 0.35 s, of a GPU 0.1 s: so long does a decoding row wait for its neighbours' prompts."""
     if device.type == "cpu":
         return StepBudget(128, 2_048, target_seconds=0.35)
-    return StepBudget(2_048, 8_192, target_seconds=0.1)
+    # far more tokens than a CPU's least: below that a step of a GPU hardly gets shorter
+    return StepBudget(2_048, 8_192, target_seconds=0.1, least_tokens=512)
 
 
 def pool_blocks(spec: ModelSpec, shapes: Sequence[LayerShape], context_tokens: int) -> int:

@@ -16,6 +16,7 @@ part() { # NAME SECONDS COMMAND...
 }
 
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:cacheprovider -q -s)
+"$python" -c 'import xdist' 2> /dev/null && pytest+=(-n 8)  # most of the time goes into compiling kernels
 part kernels 120 "${pytest[@]}" --confcutdir=tests/unit/models tests/unit/models/test_triton_kernels.py
 part engine 150 "${pytest[@]}" --confcutdir=tests/gpu tests/gpu
 LINES_SHOWN=40 part benchmark "${BENCHMARK_SECONDS:-240}" "$python" -c 'from benchmarks.gpu import measure; measure(quick=False)'

@@ -67,8 +67,8 @@ def test_graphs_change_nothing(
         ended = finish(engine)
         answers.append({request_id: end.choices[0].token_ids for request_id, end in ended.items()})
         assert (graphs_of(engine) > 0) == graphs
-    assert answers[0] == answers[1]
-    assert dtype != "float32" or answers[1] == answers[2]
+    # rows that a graph adds change the shapes, and so the rounding: in bfloat16 two right engines may part
+    assert dtype != "float32" or answers[0] == answers[1] == answers[2]
 
 
 def build(folder: Path, dtype: str, kernels: Kernels | None, *, graphs: bool) -> TransformersEngine:
