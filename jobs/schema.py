@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 from uuid import UUID
 
 import orjson
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,12 +21,19 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from jobs.errors import RequestInvalid
 from jobs.states import Lane, State
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_STOP_TOKEN_IDS = 1_024
+MAX_TOP_LOGPROBS = 20
+MAX_SCHEMA_BYTES = 64 * 1_024
+MAX_REGEX_BYTES = 4 * 1_024
+MAX_STRUCTURE_CHOICES = 1_024
 MAX_METADATA_PAIRS = 16
 MAX_PRIORITY = 9
 MAX_SEED = 2**63 - 1
@@ -50,6 +58,60 @@ def _kind_of_prompt(prompt: object) -> str:
 
 # Told apart before they are checked, so that a fault is that of what was given.
 Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("tokens")], Discriminator(_kind_of_prompt)]
+
+
+def _at_most(size: int) -> AfterValidator:
+    """Bytes of UTF-8 or, of what is no text, of its JSON."""
+
+    def check(value: Any) -> Any:
+        try:
+            found = len(value.encode() if isinstance(value, str) else orjson.dumps(value))
+        except TypeError as error:  # an integer above 64 bits, nested too deep, half a surrogate pair
+            raise PydanticCustomError("json", "cannot be written as JSON: {error}", {"error": str(error)}) from None
+        if found > size:
+            message = "has {found} bytes, at most {size} are accepted"
+            raise PydanticCustomError("too_long", message, {"found": found, "size": size})
+        return value
+
+    return AfterValidator(check)
+
+
+_NAMED = ConfigDict(extra="forbid")
+
+
+class SchemaFormat(TypedDict):
+    """A JSON schema as OpenAI's API wraps it; only the schema itself counts."""
+
+    __pydantic_config__ = _NAMED  # type: ignore[misc]
+    name: NotRequired[str]
+    description: NotRequired[str | None]
+    strict: NotRequired[bool | None]
+    schema: Annotated[dict[str, Any], _at_most(MAX_SCHEMA_BYTES)]
+
+
+class TextFormat(TypedDict):
+    """Any text."""
+
+    __pydantic_config__ = _NAMED  # type: ignore[misc]
+    type: Literal["text"]
+
+
+class JsonObjectFormat(TypedDict):
+    """Any JSON object."""
+
+    __pydantic_config__ = _NAMED  # type: ignore[misc]
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(TypedDict):
+    """JSON that satisfies a schema."""
+
+    __pydantic_config__ = _NAMED  # type: ignore[misc]
+    type: Literal["json_schema"]
+    json_schema: SchemaFormat
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")]
 
 
 def _storable(message: object) -> object:
@@ -81,7 +143,10 @@ class JobRequest(Frozen):
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     prompt: Prompt | None = None
 
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    """0 writes nothing: for the prompt's log probabilities alone."""
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    """No end, not even a stop string, before so many tokens."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     """0 is greedy."""
@@ -95,7 +160,24 @@ class JobRequest(Frozen):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     stop: Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS)] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
+    """Like EOS: they end an answer and are no text."""
     ignore_eos: bool = False
+
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Tell how likely each token was, and so many of the likeliest in its place."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    """The same of the prompt's tokens."""
+    echo: bool = False
+    """Put the prompt before the answer, and its log probabilities, if there are some, before the answer's."""
+    response_format: ResponseFormat | None = None
+    regex: Annotated[Text, _at_most(MAX_REGEX_BYTES)] | None = None
+    """What the whole answer must match. Of this, `choice` and a `response_format` that is not text, only one."""
+    choice: (
+        Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_STRUCTURE_CHOICES), _at_most(MAX_SCHEMA_BYTES)]
+        | None
+    ) = None
+    """The texts of which the answer must be one."""
 
     conversation: Key | None = None
     """Turns of one conversation run in order, each seeing the ones before it that succeeded."""
@@ -117,6 +199,38 @@ class JobRequest(Frozen):
         if self.conversation is not None and self.messages is None:
             raise ValueError("conversation: a turn needs `messages`, not a `prompt`")
         return self
+
+    @model_validator(mode="after")
+    def _ends_add_up(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: is above `max_tokens` ({self.max_tokens})")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens: 0 is only for `echo` or `prompt_logprobs`")
+        if self.echo and self.prompt is None:
+            raise ValueError("echo: needs a `prompt`, not `messages`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Self:
+        asked = self.structures
+        if len(asked) > 1:
+            raise ValueError(f"{asked[1]}: cannot be given together with `{asked[0]}`")
+        if asked and self.min_tokens:
+            raise ValueError(
+                f"min_tokens: cannot be given together with `{asked[0]}`, which says where the answer ends"
+            )
+        if asked and self.ignore_eos:
+            raise ValueError(
+                f"ignore_eos: cannot be given together with `{asked[0]}`, which says where the answer ends"
+            )
+        return self
+
+    @property
+    def structures(self) -> list[str]:
+        """The fields that say which form the answer has; valid requests have at most one."""
+        structured = self.response_format is not None and self.response_format["type"] != "text"
+        given = {"response_format": structured, "regex": self.regex is not None, "choice": self.choice is not None}
+        return [name for name, is_given in given.items() if is_given]
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | JobRequest) -> JobRequest:
@@ -142,12 +256,33 @@ class JobRequest(Frozen):
         return hashlib.sha256(body.encode()).digest()
 
 
+class TokenLogprob(Frozen):
+    """How likely a token was to the model, before temperature and all other rules: natural logarithms, six decimals."""
+
+    token: str
+    """Its text; a piece of a character is given by its bytes, as `bytes:\\xe2\\x82`."""
+    id: int
+    logprob: float | None = None
+    """None: nothing comes before it."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest in its place, in order, each with its logarithm."""
+
+
 class Choice(Frozen):
     """One answer of `n`."""
 
     index: int
     text: str
+    """After the prompt's, if that is to be echoed."""
     finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """If asked for, one for each token of the answer, what ended it included; echoed, after the prompt's."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """If asked for; they are the same for every choice, so only the first has them."""
+
+    def stored(self) -> dict[str, Any]:
+        """For JSON, without what is at its default."""
+        return self.model_dump(exclude_defaults=True)
 
 
 class Usage(Frozen):
@@ -234,7 +369,7 @@ def request_fault(error: ValidationError) -> RequestInvalid:
     fault = error.errors(include_url=False)[0]
     field = _dotted(fault["loc"]) or "request"
     message = fault["msg"]
-    if fault["type"] == "value_error":  # ours, from `_one_input`
+    if fault["type"] == "value_error":  # ours, from a validator of the whole
         field, _, message = message.removeprefix("Value error, ").partition(": ")
     code = _CODES.get(fault["type"], "invalid_value")
     return RequestInvalid(field, message[:1].lower() + message[1:], code)
@@ -251,7 +386,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _of_the_user(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Without what pydantic puts in: the tag of a prompt's kind, and its mark of a mapping's key."""
-    if location[:1] == ("prompt",):
+    """Without what pydantic puts in: the tag of a prompt's or a format's kind, and its mark of a mapping's key."""
+    if location[:1] in {("prompt",), ("response_format",)}:
         return location[:1] + location[2:]
     return location[:-1] if location[-1:] == ("[key]",) else location

@@ -328,7 +328,7 @@ def _record(settlement: Settlement) -> dict[str, Any]:
         "token": settlement.token,
         "outcome": settlement.outcome,
         # JSON within JSON: json_to_recordset would refuse a \\u0000 that it has to look into.
-        "choices_text": orjson.dumps([choice.model_dump() for choice in settlement.choices]).decode(),
+        "choices_text": orjson.dumps([choice.stored() for choice in settlement.choices]).decode(),
         "error_text": settlement.error and settlement.error.model_dump_json(),
         "usage": usage,
         "timings": settlement.timings.model_dump(),

@@ -17,6 +17,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from models.prompt import PromptFormat
 from models.protocol import InvalidRequest, Structure
 
+# Left free, a small model that is at a loss writes spaces up to max_tokens.
+_WHITESPACE = r"\x20|\x0A\x20{0,20}"  # one space, or a new line and its indentation
 _MAX_REASON_CHARACTERS = 300
 _REMEMBERED = 256  # compiled grammars; some 0.1 MB each
 
@@ -108,7 +110,8 @@ def _grammar(structure: Structure) -> str:
         return grammar_from("regex", structure.regex)
     if structure.choice is not None:
         return grammar_from("choice", json.dumps(structure.choice))
-    return grammar_from("json_schema", structure.json_schema or '{"type": "object"}')
+    schema = structure.json_schema or '{"type": "object"}'
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -117,7 +117,7 @@ class TokenLogprobs:
     """
 
     token_id: int
-    logprob: float
+    logprob: float | None  # None for the first token of a prompt: nothing comes before it
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob) of the likeliest, in order, as many as were asked for
 
 
@@ -201,7 +201,7 @@ class Ended:
     usage: Usage = Usage()
     timings: Timings = Timings()
     error: Failure | None = None  # present if and only if outcome is "failed"
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # if wanted; None for the first token: nothing comes before
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if wanted, one for each token of the prompt
 
 
 Event: TypeAlias = Started | Delta | Ended
@@ -338,8 +338,13 @@ def _check_logprobs(sampling: SamplingParams, prompt_tokens: int) -> None:
     for field, top in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
         good = top is None or _is_integer(top, 0, MAX_TOP_LOGPROBS)
         _require(good, field, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top!r}")
-    generated = 0 if sampling.logprobs is None else sampling.n * sampling.max_tokens * (1 + sampling.logprobs)
-    prompt = 0 if sampling.prompt_logprobs is None else prompt_tokens * (1 + sampling.prompt_logprobs)
+    check_logprob_values(sampling.n * sampling.max_tokens, sampling.logprobs, prompt_tokens, sampling.prompt_logprobs)
+
+
+def check_logprob_values(tokens: int, top: int | None, prompt_tokens: int, prompt_top: int | None) -> None:
+    """Raise `InvalidRequest` if telling so many alternatives of so many tokens would be too much for one result."""
+    generated = 0 if top is None else tokens * (1 + top)
+    prompt = 0 if prompt_top is None else prompt_tokens * (1 + prompt_top)
     field = "logprobs" if generated >= prompt else "prompt_logprobs"
     message = f"could be {generated + prompt:,} values; at most {MAX_LOGPROB_VALUES:,}"
     _require(generated + prompt <= MAX_LOGPROB_VALUES, field, message)

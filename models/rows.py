@@ -129,7 +129,7 @@ class Flight:
         self.request = request
         streams = [TextStream(decode, sampling.stop, sampling.min_tokens) for _ in range(sampling.n)]
         self.rows = [Row(self, index, stream) for index, stream in enumerate(streams)]
-        self.prompt_logprobs: list[TokenLogprobs | None] = []  # as far as they are known
+        self.prompt_logprobs: list[TokenLogprobs] = []  # as far as they are known
         self.submitted_at = now
         self.deadline_at = math.inf if request.deadline_seconds is None else now + request.deadline_seconds
         self.started_at: float | None = None  # set when a row joins its first step
@@ -152,7 +152,7 @@ class Flight:
 
     def note_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Those of the prompt's tokens from index `start` (at least 1) on; what is known already is passed over."""
-        self.prompt_logprobs = self.prompt_logprobs or [None]
+        self.prompt_logprobs = self.prompt_logprobs or [TokenLogprobs(self.request.prompt_token_ids[0], None)]
         known = len(self.prompt_logprobs) - start
         self.prompt_logprobs.extend(logprobs[known:])
 

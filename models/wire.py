@@ -141,10 +141,9 @@ def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "token_ids": tuple(value["token_ids"]), "logprobs": _read_logprobs(value["logprobs"])}
 
 
-def _read_logprobs(values: list[Any]) -> tuple[Any, ...]:
+def _read_logprobs(values: list[Any]) -> tuple[TokenLogprobs, ...]:
     return tuple(
-        value and TokenLogprobs(value["token_id"], value["logprob"], tuple(map(tuple, value["top"])))
-        for value in values
+        TokenLogprobs(value["token_id"], value["logprob"], tuple(map(tuple, value["top"]))) for value in values
     )
 
 

@@ -9,6 +9,7 @@ from jobs.schema import JobRequest
 from jobs.settings import Settings
 from models.catalog import Catalog, CatalogError, ModelSpec, UnknownModel
 from models.prompt import PromptError, PromptFormat, encode_prompt, load_prompt_format
+from models.protocol import InvalidRequest, check_logprob_values
 
 # A model hub that does not answer is given up after some 25 s; a file of a million lines must not wait for each.
 _UNUSABLE_SECONDS = 60.0
@@ -35,9 +36,12 @@ class Validator:
         """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
         spec = self._spec(request.model)
         self._check_size(request)
+        _check_engine(request, spec)
         form = self._format(spec)
-        room = form.context_tokens - _prompt_tokens(form, request)
+        prompt_tokens = _prompt_tokens(form, request)
+        room = form.context_tokens - prompt_tokens
         max_tokens = _max_tokens(request, spec, form.context_tokens, room)
+        _check_told(request, max_tokens, prompt_tokens)
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
 
@@ -69,6 +73,24 @@ class Validator:
                 field,
                 f"has {size:,} bytes, at most {self._max_prompt_bytes:,} are accepted (HEADRACE_MAX_PROMPT_BYTES)",
             )
+
+
+def _check_engine(request: JobRequest, spec: ModelSpec) -> None:
+    """What takes a model is not for one that only repeats."""
+    told = [name for name in ("logprobs", "prompt_logprobs") if getattr(request, name) is not None]
+    if spec.engine == "echo" and (fields := [*told, *request.structures]):
+        raise RequestInvalid(fields[0], f"{spec.name!r} only repeats the prompt", "unsupported_value")
+
+
+def _check_told(request: JobRequest, max_tokens: int, prompt_tokens: int) -> None:
+    """The decided `max_tokens` must leave room for `min_tokens`, and a result must not be too large."""
+    if request.min_tokens > max_tokens:
+        raise RequestInvalid("min_tokens", f"is above the {max_tokens:,} tokens that the answer may have")
+    tokens = max_tokens + (prompt_tokens if request.echo else 0)
+    try:
+        check_logprob_values(request.n * tokens, request.logprobs, prompt_tokens, request.prompt_logprobs)
+    except InvalidRequest as error:
+        raise RequestInvalid(error.field, error.message) from None
 
 
 def prompt_field(request: JobRequest) -> str:

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
+import orjson
+
 from jobs.errors import HeadraceError, RequestInvalid, StoreUnavailable
-from jobs.schema import Choice, JobError, JobRequest, Timings, Usage
+from jobs.schema import JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome
 from jobs.store import Claim, Settlement
 from models.catalog import ModelSpec
 from models.prompt import PromptError, encode_prompt
-from models.protocol import Ended, Event, Failure, GenerationRequest, SamplingParams
+from models.protocol import Ended, Event, Failure, GenerationRequest, SamplingParams, Structure
 from models.protocol import Usage as EngineUsage
+from workers.answers import choices_of
 from workers.host import Held, Host
 
 log = logging.getLogger(__name__)
@@ -247,7 +250,7 @@ def _prompt_token_ids(host: Host, request: JobRequest, history: list[dict[str, s
 def sampling_of(request: JobRequest, spec: ModelSpec) -> SamplingParams:
     """The engine's sampling parameters for a request."""
     return SamplingParams(
-        max_tokens=request.max_tokens or spec.default_max_tokens,
+        max_tokens=spec.default_max_tokens if request.max_tokens is None else request.max_tokens,
         temperature=spec.default_temperature if request.temperature is None else request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
@@ -260,7 +263,31 @@ def sampling_of(request: JobRequest, spec: ModelSpec) -> SamplingParams:
         stop=request.stop,
         n=request.n,
         ignore_eos=request.ignore_eos,
+        stop_token_ids=request.stop_token_ids,
+        min_tokens=request.min_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=_prompt_logprobs_of(request),
+        structure=structure_of(request),
     )
+
+
+def _prompt_logprobs_of(request: JobRequest) -> int | None:
+    """Echoed, the prompt's are told like the answer's; an answer of no tokens is only for them."""
+    if request.prompt_logprobs is None and request.echo:
+        return 0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs
+    return request.prompt_logprobs
+
+
+def structure_of(request: JobRequest) -> Structure | None:
+    """The form that the request asks for, in the engine's words."""
+    if not request.structures:
+        return None
+    if request.regex is not None or request.choice is not None:
+        return Structure(regex=request.regex, choice=request.choice)
+    form = request.response_format
+    if form is not None and form["type"] == "json_schema":
+        return Structure(json_schema=orjson.dumps(form["json_schema"]["schema"]).decode())
+    return Structure(json_object=True)
 
 
 def _refused(held: Held, error: Exception) -> Ended:
@@ -304,7 +331,7 @@ def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float)
         id=claim.id,
         token=claim.token,
         outcome=outcome,
-        choices=tuple(Choice(index=c.index, text=c.text, finish_reason=c.finish_reason) for c in ended.choices),
+        choices=choices_of(claim.request, ended, host.format),
         error=error,
         usage=_usage(ended),
         timings=_timings(claim, ended, tokenize_seconds),

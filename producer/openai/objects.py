@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import codecs
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jobs.schema import Choice, Job, Usage
+from jobs.schema import Choice, Job, TokenLogprob, Usage
 from jobs.states import State
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 
@@ -93,13 +94,63 @@ def _chat_choice(choice: Choice) -> Object:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": None if choice.logprobs is None else {"content": _tokens(choice.logprobs), "refusal": None},
         "finish_reason": _finish_reason(choice),
     }
 
 
 def _text_choice(choice: Choice) -> Object:
-    return {"index": choice.index, "text": choice.text, "logprobs": None, "finish_reason": _finish_reason(choice)}
+    return {
+        "index": choice.index,
+        "text": choice.text,
+        "logprobs": None if choice.logprobs is None else _columns(choice.text, choice.logprobs),
+        "finish_reason": _finish_reason(choice),
+    }
+
+
+def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Object]:
+    """Log probabilities as chat completions and responses have them: an object for each token."""
+    return [
+        _token(one.token, one.logprob) | {"top_logprobs": [_token(token, value) for token, value in one.top]}
+        for one in logprobs
+    ]
+
+
+def _token(token: str, logprob: float | None) -> Object:
+    return {"token": token, "bytes": list(_bytes_of(token)), "logprob": logprob}
+
+
+def _columns(text: str, logprobs: Sequence[TokenLogprob]) -> Object:
+    """Log probabilities as completions have them: a list for each kind of fact, null for what nothing comes before.
+
+    The alternatives are keyed by text, the token itself among them: of two with the same text the likelier one stays.
+    """
+    return {
+        "tokens": [one.token for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [
+            None if one.logprob is None else dict([(one.token, one.logprob), *reversed(one.top)]) for one in logprobs
+        ],
+        "text_offset": list(_offsets(text, logprobs)),
+    }
+
+
+def _offsets(text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[int]:
+    """Where in the text each token begins, in characters. What is not in it, such as EOS, takes no place there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    at = 0
+    for one in logprobs:
+        yield at
+        piece = decoder.decode(_bytes_of(one.token))
+        # a tokenizer of sentence pieces writes a space before the first word, which is not in the text
+        shown = next((form for form in (piece, piece.lstrip(" ")) if text.startswith(form, at)), "")
+        at += len(shown)
+
+
+def _bytes_of(token: str) -> bytes:
+    if token.startswith("bytes:\\x"):
+        return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return token.encode()
 
 
 def _finish_reason(choice: Choice) -> str:
@@ -146,8 +197,12 @@ def _message_item(job: Job, status: str) -> Object:
         "type": "message",
         "role": "assistant",
         "status": status if status in {"completed", "in_progress"} else "incomplete",
-        "content": [{"type": "output_text", "text": job.text, "annotations": [], "logprobs": []}],
+        "content": [{"type": "output_text", "text": job.text, "annotations": [], "logprobs": _tokens(_first(job))}],
     }
+
+
+def _first(job: Job) -> Sequence[TokenLogprob]:
+    return job.choices[0].logprobs or ()
 
 
 def _unix(moment: datetime) -> int:

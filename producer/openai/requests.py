@@ -4,7 +4,7 @@
     request = asked.checked(validator.check)
 
 Text only. `null` is as good as absent, and what nobody knows is ignored. What would change the answer but cannot be
-done yet (tools, images, log probabilities, a JSON schema, ...) is refused. Errors name a field as the caller does.
+done yet (tools, images, ...) is refused. Errors name a field as the caller does.
 Whoever keeps responses and conversations looks up what came before and puts it into `input` first.
 """
 
@@ -48,6 +48,7 @@ class Endpoint:
 
     prompt: Callable[[Body], dict[str, Any]]  # the fields of a JobRequest that carry the prompt
     prompt_name: str
+    logprobs: Callable[[Body], int | None]  # how many alternatives are to be told of each token
     limits: tuple[str, ...]  # the names of `max_tokens`, the first one given counts
     sampling: tuple[str, ...]
     # What is refused, unless its value is one of these: names without values are never accepted.
@@ -61,9 +62,13 @@ def translate(endpoint: str, body: Body) -> Asked:
     _refuse(given, route.refused)
     limit = next((name for name in route.limits if name in given), route.limits[0])
     names = {"max_tokens": limit, "messages": route.prompt_name, "prompt": route.prompt_name}
+    names |= {"logprobs": "top_logprobs"} if "top_logprobs" in given else {}
+    names |= {"response_format": "text.format"} if "text" in given else {}
     fields = {"model": _typed(given, "model"), "max_tokens": _optional(given, limit)}
     fields |= {name: _optional(given, name) for name in route.sampling if name in given}
-    fields |= route.prompt(given)
+    fields |= {"logprobs": route.logprobs(given)} | route.prompt(given)
+    if fields.get("response_format") == {"type": "text"}:
+        del fields["response_format"]
     try:
         return Asked(JobRequest.parse(fields), names)
     except RequestInvalid as error:
@@ -108,7 +113,12 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "repetition_penalty": (int, float),
     "logit_bias": dict,
     "stop": (str, list),
+    "stop_token_ids": list,
+    "min_tokens": int,
     "ignore_eos": bool,
+    "echo": bool,
+    "top_logprobs": int,
+    "response_format": dict,
     "metadata": dict,
     "messages": list,
     "prompt": (str, list),
@@ -161,15 +171,19 @@ def _chat_prompt(given: Body) -> dict[str, Any]:
 
 
 def _response_prompt(given: Body) -> dict[str, Any]:
-    if (_optional(given, "text") or {}).get("format") not in (None, {"type": "text"}):
-        raise _unsupported("text.format", "only text is supported")
-    if "message.output_text.logprobs" in (_optional(given, "include") or ()):
-        raise _unsupported("include", "log probabilities are not supported")
     asked = _typed(given, "input")
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _messages("input", asked)
     if "instructions" in given:
         messages = [{"role": "system", "content": _typed(given, "instructions")}, *messages]
-    return {"messages": messages, "metadata": _optional(given, "metadata") or {}}
+    form = _response_format((_optional(given, "text") or {}).get("format"))
+    return {"messages": messages, "metadata": _optional(given, "metadata") or {}, "response_format": form}
+
+
+def _response_format(form: Any) -> Any:
+    """Here a schema's fields lie beside the type; chat completions and we have them in an object of their own."""
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {name: form[name] for name in form if name != "type"}}
+    return form
 
 
 def _messages(path: str, items: Sequence[Any]) -> list[dict[str, str]]:
@@ -220,7 +234,7 @@ def _completion_prompt(given: Body) -> dict[str, Any]:
     if _optional(given, "best_of") not in (None, given.get("n", 1)):
         raise _unsupported("best_of", "must be as large as n")
     limit = {} if "max_tokens" in given else {"max_tokens": _COMPLETION_MAX_TOKENS}
-    return {"prompt": _one_prompt(_typed(given, "prompt"))} | limit
+    return {"prompt": _one_prompt(_typed(given, "prompt")), "echo": _optional(given, "echo") or False} | limit
 
 
 def _one_prompt(prompt: str | list[Any]) -> str | list[int]:
@@ -237,6 +251,29 @@ def _one_prompt(prompt: str | list[Any]) -> str | list[int]:
     return _one_prompt(prompt[0])
 
 
+# == log probabilities ==========================================================================================
+
+
+def _chat_logprobs(given: Body) -> int | None:
+    wanted, top = given.get("logprobs", False), _optional(given, "top_logprobs")
+    _check_type("logprobs", wanted, bool)
+    if top and not wanted:
+        raise RequestInvalid("top_logprobs", "needs `logprobs` to be true")
+    return (top or 0) if wanted else None
+
+
+def _completion_logprobs(given: Body) -> int | None:
+    if "logprobs" not in given:
+        return None
+    _check_type("logprobs", given["logprobs"], int)
+    return int(given["logprobs"])
+
+
+def _response_logprobs(given: Body) -> int | None:
+    top = _optional(given, "top_logprobs")
+    return top or 0 if "message.output_text.logprobs" in (_optional(given, "include") or ()) else top or None
+
+
 # == endpoints ==================================================================================================
 
 _SAMPLING = (
@@ -250,43 +287,44 @@ _SAMPLING = (
     "logit_bias",
     "seed",
     "stop",
+    "stop_token_ids",
+    "min_tokens",
     "ignore_eos",
 )
 _NO_TOOLS: dict[str, tuple[Any, ...]] = {"tools": ([],), "tool_choice": ("none", "auto"), "moderation": ()}
-_NO_LOGPROBS: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     CHAT: Endpoint(
         prompt=_chat_prompt,
         prompt_name="messages",
+        logprobs=_chat_logprobs,
         limits=("max_completion_tokens", "max_tokens"),
-        sampling=("n", *_SAMPLING),
+        sampling=("n", "response_format", *_SAMPLING),
         refused=_NO_TOOLS
-        | _NO_LOGPROBS
         | {
             "functions": ([],),
             "function_call": ("none", "auto"),
             "modalities": (["text"],),
             "audio": (),
             "web_search_options": (),
-            "response_format": ({"type": "text"},),
         },
     ),
     COMPLETIONS: Endpoint(
         prompt=_completion_prompt,
         prompt_name="prompt",
+        logprobs=_completion_logprobs,
         limits=("max_tokens",),
-        sampling=("n", *_SAMPLING),
-        refused={"echo": (False,), "suffix": ("",), "logprobs": ()},
+        sampling=("n", "response_format", *_SAMPLING),
+        refused={"suffix": ("",)},
     ),
     RESPONSES: Endpoint(
         prompt=_response_prompt,
         prompt_name="input",
+        logprobs=_response_logprobs,
         limits=("max_output_tokens",),
         sampling=_SAMPLING,
         refused=_NO_TOOLS
         | {
-            "top_logprobs": (0,),
             "prompt": (),
             "context_management": (),
             "previous_response_id": (),

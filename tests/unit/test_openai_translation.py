@@ -11,7 +11,7 @@ import pytest
 
 from jobs.batches import Rejection
 from jobs.errors import ModelUnknown, RequestInvalid
-from jobs.schema import Choice, Job, JobError, JobRequest, Usage
+from jobs.schema import Choice, Job, JobError, JobRequest, TokenLogprob, Usage
 from jobs.states import Lane, State
 from producer.openai.lines import batch_line, custom_id, output_line, rejected_line
 from producer.openai.objects import answer, response
@@ -25,6 +25,13 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"model": "echo", "messages": HELLO},
     COMPLETIONS: {"model": "echo", "prompt": "Hello"},
     RESPONSES: {"model": "echo", "input": "Hello"},
+}
+
+
+MISSING = "missing_required_parameter"
+SCHEMA: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "strict": True, "schema": {"type": "object"}},
 }
 
 
@@ -125,6 +132,39 @@ def test_null_is_absent_and_the_unknown_is_ignored(endpoint: str) -> None:
     assert asked(endpoint, **ignored, **nothing) == asked(endpoint)
 
 
+def test_log_probabilities_are_asked_for_in_three_ways() -> None:
+    """Each endpoint has its own; no alternatives are told if none are asked for."""
+    assert asked(CHAT, logprobs=True).logprobs == 0
+    assert asked(CHAT, logprobs=True, top_logprobs=5).logprobs == 5
+    assert asked(CHAT, logprobs=False).logprobs is None
+    assert [asked(COMPLETIONS, logprobs=count).logprobs for count in (0, 5)] == [0, 5]
+    assert asked(RESPONSES, include=["message.output_text.logprobs"]).logprobs == 0
+    assert asked(RESPONSES, include=["message.output_text.logprobs"], top_logprobs=3).logprobs == 3
+    assert asked(RESPONSES, top_logprobs=0).logprobs is None
+
+
+def test_a_structure_is_asked_for_in_two_ways() -> None:
+    """A response lays a schema's fields beside its type, the others wrap them."""
+    assert asked(CHAT, response_format=SCHEMA).response_format == SCHEMA
+    assert asked(COMPLETIONS, response_format=SCHEMA).response_format == SCHEMA
+    flat = {"type": "json_schema", **SCHEMA["json_schema"]}
+    assert asked(RESPONSES, text={"format": flat, "verbosity": "low"}).response_format == SCHEMA
+    for endpoint, fields in (
+        (CHAT, {"response_format": {"type": "json_object"}}),
+        (RESPONSES, {"text": {"format": {"type": "json_object"}}}),
+    ):
+        assert asked(endpoint, **fields).structures == ["response_format"]
+    assert asked(CHAT, response_format={"type": "text"}).structures == []
+
+
+def test_a_prompt_may_be_scored() -> None:
+    """What evaluations send: the prompt again, with its log probabilities, and no or one token more."""
+    request = asked(COMPLETIONS, prompt=[1, 2, 3], echo=True, logprobs=1, max_tokens=0)
+    assert (request.echo, request.logprobs, request.max_tokens) == (True, 1, 0)
+    request = asked(COMPLETIONS, stop_token_ids=[7], min_tokens=2)
+    assert (request.stop_token_ids, request.min_tokens, request.echo) == ((7,), 2, False)
+
+
 def test_what_asks_for_nothing_is_no_fault() -> None:
     """Empty tools, text as the only modality and plain text as format are what we do anyway."""
     assert asked(
@@ -214,10 +254,14 @@ PICTURE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "ima
         (CHAT, {"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
         (CHAT, {"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
         (CHAT, {"moderation": {}}, "moderation", "unsupported_parameter"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
-        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "unsupported_value"),
-        (CHAT, {"logprobs": True}, "logprobs", "unsupported_value"),
-        (CHAT, {"top_logprobs": 2}, "top_logprobs", "unsupported_value"),
+        (CHAT, {"response_format": {"type": "grammar"}}, "response_format", "invalid_value"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema", MISSING),
+        (CHAT, {"response_format": "json"}, "response_format", "invalid_type"),
+        (CHAT, {"response_format": SCHEMA | {"x": 1}}, "response_format.x", "unknown_parameter"),
+        (CHAT, {"response_format": SCHEMA, "min_tokens": 1}, "min_tokens", "invalid_value"),
+        (CHAT, {"logprobs": 1}, "logprobs", "invalid_type"),
+        (CHAT, {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": PICTURE}]},
@@ -231,8 +275,10 @@ PICTURE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "ima
             "unsupported_value",
         ),
         (COMPLETIONS, {"suffix": "end"}, "suffix", "unsupported_value"),
-        (COMPLETIONS, {"echo": True}, "echo", "unsupported_value"),
-        (COMPLETIONS, {"logprobs": 1}, "logprobs", "unsupported_parameter"),
+        (COMPLETIONS, {"echo": 1}, "echo", "invalid_type"),
+        (COMPLETIONS, {"logprobs": True}, "logprobs", "invalid_type"),
+        (COMPLETIONS, {"logprobs": 21}, "logprobs", "invalid_value"),
+        (COMPLETIONS, {"max_tokens": 0}, "max_tokens", "invalid_value"),
         (COMPLETIONS, {"best_of": 2}, "best_of", "unsupported_value"),
         (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt", "unsupported_value"),
         (COMPLETIONS, {"prompt": [[1], [2]]}, "prompt", "unsupported_value"),
@@ -242,9 +288,9 @@ PICTURE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "ima
         (RESPONSES, {"moderation": {}}, "moderation", "unsupported_parameter"),
         (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
         (RESPONSES, {"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
-        (RESPONSES, {"top_logprobs": 1}, "top_logprobs", "unsupported_value"),
-        (RESPONSES, {"include": ["message.output_text.logprobs"]}, "include", "unsupported_value"),
-        (RESPONSES, {"text": {"format": {"type": "json_schema"}}}, "text.format", "unsupported_value"),
+        (RESPONSES, {"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema"}}}, "text.format.json_schema.schema", MISSING),
+        (RESPONSES, {"text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
         (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input[0].type", "unsupported_value"),
         (
             RESPONSES,
@@ -390,6 +436,40 @@ def test_a_completion() -> None:
     made = answer(job(endpoint=COMPLETIONS))
     assert (made["id"], made["object"]) == (f"cmpl-{JOB_ID.hex}", "text_completion")
     assert made["choices"] == [{"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "stop"}]
+
+
+LOGPROBS = (
+    TokenLogprob(token="H", id=7, logprob=-0.5, top=(("H", -0.5), ("J", -1.5))),
+    TokenLogprob(token="bytes:\\xc3", id=8, logprob=-0.1),
+    TokenLogprob(token="bytes:\\xa9", id=9, logprob=-0.2),
+    TokenLogprob(token="y", id=3, logprob=-0.25),
+    TokenLogprob(token="</s>", id=1, logprob=-2.0),
+)
+
+
+def test_logprobs_as_an_object_for_each_token() -> None:
+    """Chat completions and responses give each token, its bytes, and the alternatives."""
+    choices = (Choice(index=0, text="Héy", finish_reason="stop", logprobs=LOGPROBS),)
+    content = answer(job(choices=choices))["choices"][0]["logprobs"]["content"]
+    assert [one["logprob"] for one in content] == [-0.5, -0.1, -0.2, -0.25, -2.0]
+    assert [bytes(one["bytes"]) for one in content] == [b"H", b"\xc3", b"\xa9", b"y", b"</s>"]
+    assert content[0]["top_logprobs"] == [
+        {"token": "H", "bytes": [72], "logprob": -0.5},
+        {"token": "J", "bytes": [74], "logprob": -1.5},
+    ]
+    output = answer(job(endpoint=RESPONSES, choices=choices))["output"][0]["content"][0]
+    assert output["logprobs"] == content
+
+
+def test_logprobs_as_columns() -> None:
+    """Completions give a list for each kind of fact; nothing comes before an echoed prompt's first token."""
+    logprobs = (TokenLogprob(token="<s>", id=0), TokenLogprob(token=" A", id=5, logprob=-3.0), *LOGPROBS)
+    choices = (Choice(index=0, text="AHéy", finish_reason="stop", logprobs=logprobs),)
+    made = answer(job(endpoint=COMPLETIONS, choices=choices))["choices"][0]["logprobs"]
+    assert made["tokens"] == ["<s>", " A", "H", "bytes:\\xc3", "bytes:\\xa9", "y", "</s>"]
+    assert made["token_logprobs"] == [None, -3.0, -0.5, -0.1, -0.2, -0.25, -2.0]
+    assert made["top_logprobs"][:3] == [None, {" A": -3.0}, {"H": -0.5, "J": -1.5}]
+    assert made["text_offset"] == [0, 0, 1, 2, 2, 3, 4]
 
 
 def test_a_response() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobs.errors import RequestInvalid
-from jobs.schema import JobError, JobRequest
+from jobs.schema import Choice, JobError, JobRequest, TokenLogprob
 
 HELLO = [{"role": "user", "content": "hello"}]
 NAN, INF = math.nan, math.inf
@@ -32,7 +32,35 @@ REFUSED_VALUES = [
     ("prompt", [1, -1], "prompt[1]"),
     ("prompt", ["a"], "prompt[0]"),
     ("prompt", [1, 2, 2**31], "prompt[2]"),
-    ("max_tokens", 0, "max_tokens"),
+    ("max_tokens", -1, "max_tokens"),
+    ("min_tokens", -1, "min_tokens"),
+    ("stop_token_ids", [-1], "stop_token_ids[0]"),
+    ("stop_token_ids", [1] * 1_025, "stop_token_ids"),
+    ("logprobs", 21, "logprobs"),
+    ("prompt_logprobs", -1, "prompt_logprobs"),
+    ("regex", "", "regex"),
+    ("regex", "é" * 2_049, "regex"),
+    ("choice", [], "choice"),
+    ("choice", ["a", ""], "choice[1]"),
+    ("choice", ["a"] * 1_025, "choice"),
+    ("choice", ["a" * 40_000, "b" * 40_000], "choice"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": []}}, "response_format.json_schema.schema"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"schema": {"a": "b" * 65_536}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"schema": {"enum": [2**70]}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"schema": {"enum": [LONE]}}},
+        "response_format.json_schema.schema",
+    ),
+    ("response_format", {}, "response_format"),
     ("max_tokens", 1.5, "max_tokens"),
     ("max_tokens", 2**31, "max_tokens"),
     ("n", 0, "n"),
@@ -229,6 +257,13 @@ OTHERS: dict[str, Any] = {
     "logit_bias": {1: 1.0},
     "seed": 0,
     "stop": ("x",),
+    "stop_token_ids": (1,),
+    "min_tokens": 1,
+    "logprobs": 0,
+    "prompt_logprobs": 0,
+    "response_format": {"type": "json_object"},
+    "regex": "x",
+    "choice": ("x",),
     "ignore_eos": True,
     "conversation": "c",
     "max_attempts": 1,
@@ -238,11 +273,17 @@ OTHERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(JobRequest.model_fields.keys() - {"prompt", "idempotency_key"}))
+@pytest.mark.parametrize("name", sorted(JobRequest.model_fields.keys() - {"prompt", "echo", "idempotency_key"}))
 def test_digest_sees_every_other_field(name: str) -> None:
     """A request that differs in any field but the key is another request."""
     plain = {"model": "echo", "messages": HELLO}
     assert JobRequest.parse(plain | {name: OTHERS[name]}).digest() != JobRequest.parse(plain).digest()
+
+
+def test_digest_sees_an_echo() -> None:
+    """It goes with a prompt, not with messages."""
+    plain = JobRequest(model="echo", prompt="hi")
+    assert JobRequest(model="echo", prompt="hi", echo=True).digest() != plain.digest()
 
 
 def test_digest_sees_the_prompt() -> None:
@@ -254,3 +295,50 @@ def test_digest_sees_the_prompt() -> None:
 def test_error_message_can_be_stored() -> None:
     """An error may quote what an exception held: what Postgres cannot keep is replaced, the rest stays."""
     assert JobError(code="c", message="a\x00b\ud800c \U0001f600").message == "a\ufffdb?c \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        ({"regex": "a", "choice": ["a"]}, "choice"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
+        ({"regex": "a", "min_tokens": 1}, "min_tokens"),
+        ({"choice": ["a"], "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_what_cannot_be_together_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
+    """Each by itself would do."""
+    with pytest.raises(RequestInvalid) as refused:
+        JobRequest.parse({"model": "m", "prompt": "x"} | fields)
+    assert refused.value.field == field
+
+
+def test_only_a_prompt_is_echoed() -> None:
+    """A chat has no text to put an answer behind."""
+    with pytest.raises(RequestInvalid) as refused:
+        JobRequest.parse({"model": "m", "messages": HELLO, "echo": True})
+    assert refused.value.field == "echo"
+
+
+def test_a_schema_is_kept_in_its_order() -> None:
+    """The order of a schema's properties is that of the answer's: storing the request must not change it."""
+    schema = {"type": "object", "properties": {"z": {}, "a": {}, "\0": {}}}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    request = JobRequest.parse({"model": "m", "prompt": "x", "response_format": form})
+    stored = JobRequest.model_validate_json(request.payload())
+    assert stored == request
+    assert list(stored.response_format["json_schema"]["schema"]["properties"]) == ["z", "a", "\0"]
+
+
+def test_a_stored_choice_has_no_more_than_it_needs() -> None:
+    """Most answers have no log probabilities; those that have are read back as they were."""
+    assert Choice(index=0, text="a", finish_reason="stop").stored() == {
+        "index": 0,
+        "text": "a",
+        "finish_reason": "stop",
+    }
+    told = (TokenLogprob(token="a", id=1), TokenLogprob(token="b", id=2, logprob=-1.5, top=(("b", -1.5), ("c", -2.0))))
+    choice = Choice(index=0, text="ab", finish_reason="stop", logprobs=told)
+    assert Choice.model_validate_json(json.dumps(choice.stored())) == choice

@@ -85,6 +85,13 @@ def test_only_what_fits_is_allowed(
     assert not follow(grammars.matcher(structure), encode(bad))
 
 
+def test_white_space_cannot_go_on_for_ever(grammars: Grammars, encode: Callable[[str], list[int]]) -> None:
+    """Pretty and compact forms are allowed, a run of spaces is not."""
+    assert follow(grammars.matcher(schema(PERSON)), encode('{\n    "name": "Ada",\n    "age": 36\n}'))
+    assert not follow(grammars.matcher(schema(PERSON)), encode('{  "'))
+    assert not follow(grammars.matcher(Structure(json_object=True)), encode("{" + "\n" * 2))
+
+
 def test_eos_is_allowed_where_the_text_may_end_or_go_on(grammars: Grammars, encode: Callable[[str], list[int]]) -> None:
     """A complete text that may grow is not over, but may be ended."""
     matcher = grammars.matcher(Structure(choice=("no", "nobody")))

@@ -8,6 +8,8 @@ from pathlib import Path
 import huggingface_hub
 import huggingface_hub.errors
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 
 from models.catalog import Catalog, ModelSpec
 from models.prompt import PromptError, PromptFormat, load_prompt_format
@@ -229,3 +231,21 @@ def test_tiny_chat_has_a_template_and_an_exact_round_trip() -> None:
     assert ours.decode(ours.encode_text(text)).endswith(text)
     assert ours.context_tokens >= 2_048
     assert ours.eos_token_ids
+
+
+def test_the_bytes_of_tokens_join_to_the_text(tokenizer_folder: Callable[..., Path]) -> None:
+    """Each token's share of a text, pieces of characters too; a special token gives its name."""
+    form = load_prompt_format(ModelSpec(name="tiny", path=str(tokenizer_folder())))
+    text = "Héllo 😀\n\x00"
+    assert b"".join(map(form.token_bytes, form.encode_text(text))) == text.encode()
+    assert [form.token_bytes(token) for token in (257, 999)] == [b"</s>", b""]
+
+
+def test_the_bytes_of_sentence_pieces(tokenizer_folder: Callable[..., Path]) -> None:
+    """A space is a letter of its own there, and a rare byte is given by its number."""
+    pieces = {"▁a": 0, "<0xC3>": 1, "é": 2}
+    tokenizer = Tokenizer(BPE(pieces, []))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    folder = tokenizer_folder(**{"tokenizer.json": tokenizer.to_str()})
+    form = load_prompt_format(ModelSpec(name="tiny", path=str(folder)))
+    assert [form.token_bytes(token) for token in range(3)] == [b" a", b"\xc3", "é".encode()]

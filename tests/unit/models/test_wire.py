@@ -35,7 +35,7 @@ from models.wire import Channel, dial, event_message, listen, read_event, read_r
         Ended("a", "succeeded", (Choice(0, "x", (5,), "stop"),), Usage(1, 0, 1), Timings(1, 2, 3, 4, 5, 6)),
         Delta("a", 0, "x", (7,), (TokenLogprobs(7, -0.5, ((7, -0.5), (8, -1.25))),)),
         Ended("a", "succeeded", (Choice(0, "x", (), "stop", (TokenLogprobs(5, -2.0),)),), Usage(2, 0, 1)),
-        Ended("a", "succeeded", prompt_logprobs=(None, TokenLogprobs(6, -1.0, ((3, -0.5),)))),
+        Ended("a", "succeeded", prompt_logprobs=(TokenLogprobs(4, None), TokenLogprobs(6, -1.0, ((3, -0.5),)))),
         Ended("a", "failed", error=Failure("out_of_memory", "no room", retryable=True)),
     ],
 )

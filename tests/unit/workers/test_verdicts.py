@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jobs.schema import JobRequest
 from jobs.states import AttemptOutcome
 from models.catalog import Catalog
-from models.protocol import Choice, Ended, Failure, Timings, Usage
+from models.protocol import Choice, Ended, Failure, Structure, Timings, Usage
 from workers.host import Held, Stop
-from workers.tasks import retry_delay_seconds, sampling_of, settlement_of
+from workers.tasks import retry_delay_seconds, sampling_of, settlement_of, structure_of
 
 CHOICE = Choice(0, "partial", (1, 2), "length")
 USAGE = Usage(prompt_tokens=1000, cached_tokens=400, completion_tokens=200)
@@ -145,7 +145,7 @@ def test_text_and_server_are_written_down(host: Any, held: Callable[..., Held]) 
     one = held()
     settlement = settlement_of(host.real(), one, ended("succeeded"), 0.0)
     assert (settlement.id, settlement.token) == (one.claim.id, one.claim.token)
-    assert [choice.model_dump() for choice in settlement.choices] == [
+    assert [choice.stored() for choice in settlement.choices] == [
         {"index": 0, "text": "partial", "finish_reason": "length"}
     ]
     assert settlement.served_by == "echo on echo, none, cpu"
@@ -188,3 +188,43 @@ def test_sampling_takes_the_requests_values_and_else_the_models() -> None:
     assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.1, 1.5, -1.5)
     assert (sampling.repetition_penalty, sampling.logit_bias) == (1.1, ((4, -1.0), (9, 2.0)))
     assert (sampling.seed, sampling.stop, sampling.n, sampling.ignore_eos) == (11, ("a", "b"), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt_logprobs"),
+    [
+        ({"logprobs": 2}, None),
+        ({"logprobs": 2, "echo": True}, 2),
+        ({"echo": True}, None),
+        ({"echo": True, "max_tokens": 0}, 0),
+        ({"logprobs": 2, "prompt_logprobs": 1, "echo": True}, 1),
+        ({"prompt_logprobs": 3, "max_tokens": 0}, 3),
+    ],
+)
+def test_an_echoed_prompt_is_told_like_its_answer(fields: dict[str, Any], prompt_logprobs: int | None) -> None:
+    """Whoever has the prompt echoed with log probabilities gets the prompt's too."""
+    spec = Catalog.from_mapping({"echo": {}}).get("echo")
+    request = JobRequest.parse({"model": "echo", "prompt": "x", "stop_token_ids": [4], "min_tokens": 0} | fields)
+    sampling = sampling_of(request, spec)
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (request.logprobs, prompt_logprobs)
+    assert sampling.stop_token_ids == (4,)
+    assert sampling.max_tokens == fields.get("max_tokens", spec.default_max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "structure"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Structure(json_object=True)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"b": 1, "a": 2}}}},
+            Structure(json_schema='{"b":1,"a":2}'),
+        ),
+        ({"regex": "a+"}, Structure(regex="a+")),
+        ({"choice": ["a", "b"]}, Structure(choice=("a", "b"))),
+    ],
+)
+def test_structures_reach_the_engine(fields: dict[str, Any], structure: Structure | None) -> None:
+    """Each kind in the engine's own words, a schema with its order kept."""
+    assert structure_of(JobRequest.parse({"model": "echo", "prompt": "x"} | fields)) == structure
