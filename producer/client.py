@@ -83,9 +83,11 @@ class Producer:
             raise TypeError("submit takes a request or its fields, not both")
         checked = self.validator.check(request or JobRequest.parse(fields))
         accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
-        if accepted.created and accepted.state is State.QUEUED:
+        if accepted.job is None:
+            return self.get(accepted.id)
+        if accepted.state is State.QUEUED:
             self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
-        return self.get(accepted.id)
+        return accepted.job
 
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
