@@ -246,15 +246,15 @@ def _deadlines(batch: Batch, lines: Sequence[Line]) -> dict[str, list[Any]]:
 
 
 def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
-    request = line.request
+    request, payload = line.request, line.request.payload()
     return (
         line_id(batch.id, line.custom_id),
         batch.tenant_id,
         line.custom_id,
         line.endpoint,
-        request.payload(),
+        payload,
         request.metadata_payload(),
-        request.digest(),
+        request.digest(payload),
     )
 
 

@@ -146,6 +146,7 @@ class Store:
 
         Raises IdempotencyConflict if id or key stand for another request.
         """
+        payload = request.payload()
         fields = {
             "id": job_id,
             "tenant": tenant_id,
@@ -156,9 +157,9 @@ class Store:
             "key": request.idempotency_key,
             "conversation": request.conversation,
             "turn": None,
-            "request": request.payload(),
+            "request": payload,
             "metadata": request.metadata_payload(),
-            "digest": request.digest(),
+            "digest": request.digest(payload),
         }
         created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
         if created is None:
@@ -349,16 +350,16 @@ def _document(settlements: Sequence[Settlement]) -> dict[str, str]:
 
 
 def _record(settlement: Settlement) -> dict[str, Any]:
-    usage = settlement.usage.model_dump()
+    usage, timings = dict(settlement.usage), dict(settlement.timings)
     return {
         "id": settlement.id,
         "token": settlement.token,
         "outcome": settlement.outcome,
         # JSON within JSON: json_to_recordset would refuse a \\u0000 that it has to look into.
-        "choices_text": orjson.dumps([choice.model_dump() for choice in settlement.choices]).decode(),
+        "choices_text": orjson.dumps([dict(choice) for choice in settlement.choices]).decode(),
         "error_text": settlement.error and settlement.error.model_dump_json(),
         "usage": usage,
-        "timings": settlement.timings.model_dump(),
+        "timings": timings,
         "served_by": settlement.served_by,
         "busy_seconds": settlement.timings.busy_seconds,
         "token_dollars": str(settlement.token_dollars),
