@@ -5,6 +5,7 @@ Interactive: the message names one job, and its task id is the job's id. Bulk: i
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -196,7 +197,10 @@ class Dispatcher:
     def _open(self) -> Producer:
         if self._producer is None:
             self._connection = self._app.connection_for_write()
-            self._producer = Producer(self._connection.channel())
+            channel = self._connection.channel()
+            # Kombu makes a new redis-py client for each message, which takes longer than sending it.
+            channel._create_client = functools.cache(channel._create_client)  # noqa: SLF001
+            self._producer = Producer(channel)
         return self._producer
 
     def _drop(self) -> None:
