@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-quick check format bench docs constraints clean
+.PHONY: help install run test test-quick check format bench bench-engine bench-peers docs constraints clean
 
 help: ## this list
 	@echo "Headrace: queue-driven, asynchronous inference for open-weight language models"
@@ -35,8 +35,14 @@ format: $(VENV)/.installed-check ## put the source in the one form, and mend wha
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-bench: $(VENV)/.installed-test ## measure; each benchmark writes benchmarks/results/NAME.json and prints a table
+bench: $(VENV)/.installed-test ## measure the stack (ARGS="engine quality": the rest); writes benchmarks/results/NAME.json
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-engine: $(VENV)/.installed-test ## the engine against others on the same model (an hour; ARGS=--quick: two minutes)
+	$(BIN)/python -m benchmarks engine $(ARGS)
+
+bench-peers: $(VENV)/.installed-test ## an environment for each other engine that bench-engine measures
+	$(BIN)/python -m benchmarks.engine.peers $(ARGS)
 
 docs: $(VENV)/.installed ## write docs/settings.md anew from the code
 	$(BIN)/python docs/generate_settings.py

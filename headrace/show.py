@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -179,6 +179,15 @@ def facts(rows: Iterable[tuple[str, str | Text | None]]) -> Table:
         if value:
             grid.add_row(name, value if isinstance(value, Text) else Text(value))
     return grid
+
+
+def figures(values: Mapping[str, float | str]) -> Table:
+    """Names and numbers, seconds to the millisecond."""
+    return facts((name.replace("_", " "), _figure(value)) for name, value in values.items())
+
+
+def _figure(value: float | str) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
 def _table(*columns: str) -> Table:

@@ -48,6 +48,8 @@ class Settings(BaseSettings):
     """How long an engine may take to load its model."""
     engine_hang_seconds: float = Field(120.0, gt=0)
     """An engine whose step takes longer is restarted."""
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
+    """Part of a GPU for a model's weights, keys and values, unless the model's table says otherwise."""
     submit_broker_wait_seconds: float = Field(0.5, ge=0)
     """How long a submit waits for Redis. The row is safe without it; the sweeper publishes it later."""
     store_wait_seconds: float = Field(10.0, gt=0)

@@ -1,6 +1,6 @@
 """What is the same in every engine: intake, order, deadlines, cancelling, the split of time, the events.
 
-An engine adds the forward pass (`_forward`) and says how many rows may join the next step (`_room`).
+An engine adds the forward pass (`_forward`), and a scheduler that says which rows take part in it.
 """
 
 import heapq
@@ -10,6 +10,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 from models.catalog import ModelSpec
 from models.protocol import (
@@ -20,13 +22,17 @@ from models.protocol import (
     Failure,
     GenerationRequest,
     Health,
+    InvalidRequest,
     Outcome,
     Started,
     check_request,
 )
-from models.rows import Advance, Flight, Row
+from models.rows import Advance, Flight
+from models.scheduler import Plan, Scheduler, Work
 
 log = logging.getLogger(__name__)
+
+_PREPARING_SECONDS = 0.01  # an engine with nothing else to do looks this often whether a request is ready
 
 
 class BaseEngine(ABC):
@@ -35,6 +41,7 @@ class BaseEngine(ABC):
     def __init__(
         self,
         spec: ModelSpec,
+        scheduler: Scheduler,
         *,
         device: str,
         vocab_tokens: int,
@@ -42,13 +49,13 @@ class BaseEngine(ABC):
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         self._spec = spec
+        self._scheduler = scheduler
         self._device = device
         self._vocab_tokens = vocab_tokens
         self._context_tokens = context_tokens
         self._decode = decode
         self._flights: dict[str, Flight] = {}  # every request that has not ended
-        self._waiting: list[tuple[int, int, Row]] = []  # heap of (priority, arrival, row)
-        self._running: list[Row] = []  # replaced, never changed: `health` reads it from another thread
+        self._preparing: dict[Flight, Future[Any]] = {}  # those whose rows the scheduler does not know yet
         self._deadlines: list[tuple[float, int, Flight]] = []  # heap; may hold flights that have ended
         self._cancelled: list[Flight] = []  # since the last step
         self._arrivals = itertools.count()
@@ -58,12 +65,12 @@ class BaseEngine(ABC):
         self._started_at = time.time()
 
     @abstractmethod
-    def _room(self) -> int:
-        """How many waiting rows may join the next step."""
+    def _forward(self, plan: Plan) -> list[Advance]:
+        """One pass over the rows of the plan; one `Advance` for each. May raise: then all of them fail."""
 
-    @abstractmethod
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
-        """One pass over the running rows; one `Advance` for each. May raise: then all of them fail."""
+    def _prepare(self, request: GenerationRequest) -> Future[Any] | None:  # noqa: ARG002  for those that override it
+        """What must be done, by another thread, before the request's first step; None if nothing."""
+        return None
 
     def _recover(self) -> None:  # noqa: B027  an engine without state has nothing to do
         """After a failed pass: drop what it left behind. Raises if no pass can ever succeed again."""
@@ -78,8 +85,11 @@ class BaseEngine(ABC):
             raise DuplicateRequest(request.id)
         flight = Flight(request, time.monotonic(), self._decode)
         self._flights[request.id] = flight
-        for row in flight.rows:
-            heapq.heappush(self._waiting, (request.priority, next(self._arrivals), row))
+        prepared = self._prepare(request)
+        if prepared is None or (prepared.done() and not prepared.exception()):
+            self._enter(flight)
+        else:
+            self._preparing[flight] = prepared
         if request.deadline_seconds is not None:
             heapq.heappush(self._deadlines, (flight.deadline_at, next(self._arrivals), flight))
 
@@ -96,10 +106,12 @@ class BaseEngine(ABC):
         """See `Engine`."""
         self._step_began = began = time.monotonic()
         try:
-            events = self._end_stopped(began)
-            self._admit()
-            if self._running:
-                events += self._run(began)
+            events = self._end_stopped(began) + self._take_prepared()
+            plan = self._scheduler.plan()
+            if plan.works:
+                events += self._run(plan, began)
+            elif self._preparing:
+                wait(self._preparing.values(), _PREPARING_SECONDS, FIRST_COMPLETED)
             return events
         finally:
             self._step_began = None
@@ -119,8 +131,8 @@ class BaseEngine(ABC):
             device=self._device,
             slots=self._spec.slots,
             context_tokens=self._context_tokens,
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=len(self._scheduler.running),
+            waiting=self._scheduler.waiting,
             steps=self._steps,
             busy_seconds=self._busy_seconds,
             step_seconds=None if began is None else time.monotonic() - began,
@@ -130,7 +142,8 @@ class BaseEngine(ABC):
 
     def close(self) -> None:
         """See `Engine`."""
-        self._flights, self._waiting, self._running, self._deadlines = {}, [], [], []
+        self._end([(flight, "cancelled") for flight in list(self._flights.values())])
+        self._deadlines = []
         self._recover()
 
     def _end_stopped(self, now: float) -> list[Event]:
@@ -142,41 +155,56 @@ class BaseEngine(ABC):
         self._cancelled = []
         return self._end((flight, outcome) for flight, outcome in stopped.items() if self._is_open(flight))
 
+    def _enter(self, flight: Flight) -> None:
+        for row in flight.rows:
+            self._scheduler.add(row)
+
+    def _take_prepared(self) -> list[Event]:
+        """What is ready joins the queue; what cannot be made ready ends."""
+        failed = []
+        for flight, prepared in [pair for pair in self._preparing.items() if pair[1].done()]:
+            if error := prepared.exception():
+                flight.failure = self._unprepared(error)
+                failed.append(flight)
+            else:
+                del self._preparing[flight]
+                self._enter(flight)
+        return self._end((flight, "failed") for flight in failed)
+
+    def _unprepared(self, error: BaseException) -> Failure:
+        if isinstance(error, InvalidRequest):
+            return Failure("invalid_request", str(error), retryable=False)
+        return Failure("engine_error", f"{type(error).__name__}: {error}", retryable=True)
+
     def _is_open(self, flight: Flight) -> bool:
         return self._flights.get(flight.request.id) is flight
 
-    def _admit(self) -> None:
-        """Move rows from waiting to running, by priority, then by arrival."""
-        room = min(self._room(), len(self._waiting))
-        if room > 0:
-            self._running = [*self._running, *(heapq.heappop(self._waiting)[-1] for _ in range(room))]
-
-    def _run(self, began: float) -> list[Event]:
-        """The pass itself: advance every running row, split the time, end what is over."""
-        rows = self._running
-        events = self._start(rows, began)
-        advances, deltas = self._advance(rows)
+    def _run(self, plan: Plan, began: float) -> list[Event]:
+        """The pass itself: advance every row of the plan, split the time, end what is over."""
+        events = self._start(plan.works, began)
+        advances, deltas = self._advance(plan)
         self._split(time.monotonic() - began, advances)
         for advance in advances:
             advance.row.flight.failure = advance.row.flight.failure or advance.failure
+        rows = dict.fromkeys(advance.row for advance in advances)
+        self._scheduler.drop([row for row in rows if row.finish_reason])
         over = dict.fromkeys(row.flight for row in rows if row.flight.is_over)
         ended = self._end((flight, "failed" if flight.failure else "succeeded") for flight in over)
-        self._running = [row for row in self._running if row.finish_reason is None]
         return [*events, *deltas, *ended]
 
-    def _advance(self, rows: Sequence[Row]) -> tuple[list[Advance], list[Delta]]:
+    def _advance(self, plan: Plan) -> tuple[list[Advance], list[Delta]]:
         """The forward pass and its text; if it fails, all its rows do, and the engine lives on."""
         try:
-            advances = self._forward(rows)
+            advances = self._forward(plan)
             return advances, [delta for advance in advances for delta in self._apply(advance)]
         except Exception as error:
-            log.exception("a step over %d rows failed", len(rows))
+            log.exception("a step over %d rows failed", len(plan.works))
             failure = self._failure(error)
         self._recover()  # not in the handler: there the error's frames still hold the step's tensors
-        return [Advance(row, 1, failure=failure) for row in rows], []
+        return [Advance(work.row, work.tokens, failure=failure) for work in plan.works], []
 
-    def _start(self, rows: Sequence[Row], now: float) -> list[Event]:
-        fresh = dict.fromkeys(row.flight for row in rows if row.flight.started_at is None)
+    def _start(self, works: Sequence[Work], now: float) -> list[Event]:
+        fresh = dict.fromkeys(work.row.flight for work in works if work.row.flight.started_at is None)
         for flight in fresh:
             flight.started_at = now
         return [Started(flight.request.id) for flight in fresh]
@@ -184,10 +212,11 @@ class BaseEngine(ABC):
     def _apply(self, advance: Advance) -> list[Delta]:
         """Give the row its tokens and turn them into text."""
         row, flight = advance.row, advance.row.flight
-        if not advance.token_ids:
-            return []
+        if not advance.token_ids and (row.tokens_to_come or row.missing_tokens):
+            return []  # it goes on
         began = time.monotonic()
-        flight.first_token_at = flight.first_token_at or began
+        if advance.token_ids:
+            flight.first_token_at = flight.first_token_at or began
         text = row.take(advance)
         flight.detokenize_seconds += time.monotonic() - began
         return [row.delta(text)] if text and flight.request.stream else []
@@ -203,13 +232,12 @@ class BaseEngine(ABC):
     def _end(self, ends: Iterable[tuple[Flight, Outcome]]) -> list[Event]:
         """Close these flights and forget their rows."""
         now = time.monotonic()
-        ended: list[Event] = [self._close_flight(flight, outcome, now) for flight, outcome in ends]
-        if ended:
-            self._waiting = [entry for entry in self._waiting if entry[-1].finish_reason is None]
-            heapq.heapify(self._waiting)
-            self._running = [row for row in self._running if row.finish_reason is None]
-        return ended
+        return [self._close_flight(flight, outcome, now) for flight, outcome in ends]
 
     def _close_flight(self, flight: Flight, outcome: Outcome, now: float) -> Ended:
+        unfinished = [row for row in flight.rows if row.finish_reason is None]
+        ended = flight.end(outcome, now)
+        if self._preparing.pop(flight, None) is None:
+            self._scheduler.drop(unfinished)
         del self._flights[flight.request.id]
-        return flight.end(outcome, now)
+        return ended

@@ -67,9 +67,11 @@ class ModelSpec(BaseModel):
     path: str | None = None  # a folder, or a hub id; None for echo
     revision: str | None = None  # of a hub id: branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint was saved
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none", "int8", "nf4", "int8-onednn"] = "none"  # int8-onednn: on a CPU only
     context_tokens: int | None = Field(default=None, ge=2)  # None: what the model was made for
     slots: int = Field(default=16, ge=1, le=4_096)  # rows computed together
+    kv_memory_bytes: int | None = Field(default=None, ge=1)  # for keys and values; None: of the memory that is free
+    gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1)  # for weights, keys and values; None: 0.9
     tier: str = Field(default="standard", min_length=1)
     default_max_tokens: int = Field(default=512, ge=1)
     default_temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)  # of requests that name none

@@ -5,12 +5,13 @@ whole answer, so that the queue around it is what is measured.
 """
 
 import time
-from collections.abc import Sequence
 
 from models.base import BaseEngine
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
+from models.protocol import GenerationRequest, InvalidRequest
 from models.rows import Advance, Row
+from models.scheduler import Plan, SlotScheduler
 
 
 class EchoEngine(BaseEngine):
@@ -20,26 +21,36 @@ class EchoEngine(BaseEngine):
         prompt_format = load_prompt_format(spec)
         super().__init__(
             spec,
+            SlotScheduler(spec.slots),
             device=device,
             vocab_tokens=prompt_format.vocab_tokens,
             context_tokens=prompt_format.context_tokens,
             decode=prompt_format.decode,
         )
 
-    def _room(self) -> int:
-        return self._spec.slots - len(self._running)
+    def submit(self, request: GenerationRequest) -> None:
+        """See `Engine`. What only a model could do is refused."""
+        sampling = request.sampling
+        asked = {"logprobs": sampling.logprobs, "prompt_logprobs": sampling.prompt_logprobs}
+        if sampling.structure:
+            asked[sampling.structure.field] = 0
+        for field, value in asked.items():
+            if value is not None:
+                raise InvalidRequest(field, "the echo engine only repeats the prompt")
+        super().submit(request)
 
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
+    def _forward(self, plan: Plan) -> list[Advance]:
         if self._spec.seconds_per_token:
             time.sleep(self._spec.seconds_per_token)
-            return [_echo(row, 1) for row in rows]
-        return [_echo(row, row.flight.request.sampling.max_tokens) for row in rows]
+            return [_echo(work.row, 1) for work in plan.works]
+        return [_echo(work.row, work.row.tokens_to_come) for work in plan.works]
 
 
 def _echo(row: Row, tokens: int) -> Advance:
-    """The next tokens of the answer; told to ignore its end, it says the prompt again and again."""
+    """The next tokens of the answer: the prompt, again and again if it is to be longer."""
     prompt, sampling = row.flight.request.prompt_token_ids, row.flight.request.sampling
-    answer = prompt * (sampling.max_tokens // len(prompt) + 1) if sampling.ignore_eos else prompt
+    length = sampling.max_tokens + 1 if sampling.ignore_eos else max(len(prompt), sampling.min_tokens)
+    answer = prompt if length == len(prompt) else (prompt * (length // len(prompt) + 1))[:length]
     done = len(row.token_ids)
     token_ids = answer[done : done + tokens]
     prefilled = 0 if done else len(prompt)

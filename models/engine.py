@@ -15,7 +15,7 @@ def load_engine(spec: ModelSpec, device: str | None = None) -> Engine:
 
         return EchoEngine(spec)
     try:
-        from models.transformers_engine import TransformersEngine
+        from models.transformers_engine import load_transformers_engine
     except ImportError as error:
         raise ModelLoadError(f"model {spec.name} needs the extra 'worker': {error}") from error
-    return TransformersEngine(spec, device)
+    return load_transformers_engine(spec, device)

@@ -25,6 +25,8 @@ def load_model(spec: ModelSpec, device: str) -> PreTrainedModel:
     """The model, ready to run. Raises `ModelLoadError` with the model's name and the reason."""
     if device == "cpu":
         _leave_a_core()
+    elif spec.quantization == "int8-onednn":
+        raise ModelLoadError(f"model {spec.name}: quantization int8-onednn runs on a CPU only, not on {device}")
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: Any
     try:
@@ -73,7 +75,7 @@ def _refuse_unservable(spec: ModelSpec, model: PreTrainedModel) -> None:
 
 
 def _none(_spec: ModelSpec) -> None:
-    return None
+    """The weights as they are. On a CPU `models.fused` lays them out anew, and makes int8-onednn of them."""
 
 
 def _int8(_spec: ModelSpec) -> BitsAndBytesConfig:
@@ -95,6 +97,7 @@ def _nf4(spec: ModelSpec) -> BitsAndBytesConfig:
 
 _QUANTIZATIONS: dict[str, Callable[[ModelSpec], BitsAndBytesConfig | None]] = {
     "none": _none,
+    "int8-onednn": _none,
     "int8": _int8,
     "nf4": _nf4,
 }

@@ -9,6 +9,7 @@ whose tokenizers load torch. Templates are code from strangers: they run in Jinj
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ Messages = Sequence[Mapping[str, Any]]
 ECHO_VOCAB_TOKENS = 256
 ECHO_CONTEXT_TOKENS = 1_000_000
 _TOKENIZER_FILE = "tokenizer.json"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -44,6 +46,13 @@ class PromptFormat(Protocol):
     context_tokens: int  # prompt and completion together
     vocab_tokens: int  # ids the tokenizer can give or take are below this
     eos_token_ids: tuple[int, ...]  # as the tokenizer names them; the model's own may be more
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer, as the tokenizers library writes it; None if it is none of that library's."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, which may be a piece of a character; a special token gives its name."""
 
     def render(self, messages: Messages) -> str:
         """The text the model sees, up to where its answer begins. Raises `PromptError`."""
@@ -81,9 +90,14 @@ class EchoFormat:
 
     vocab_tokens = ECHO_VOCAB_TOKENS
     eos_token_ids: tuple[int, ...] = ()
+    tokenizer_json = None
 
     def __init__(self, context_tokens: int) -> None:
         self.context_tokens = context_tokens
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Itself."""
+        return bytes([token_id])
 
     def render(self, messages: Messages) -> str:
         """The last user message's text."""
@@ -117,6 +131,27 @@ class ModelFormat:
         self.context_tokens = _context_tokens(spec, _json(files, "config.json"), settings)
         self.vocab_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = self._ids("eos_token")
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
+        # A piece of a byte-level vocabulary writes each byte as a letter; one of the other kind writes a space as "▁",
+        # and a byte that is no character by its number.
+        self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
+
+    @property
+    def tokenizer_json(self) -> str:
+        """With the tokens that were added to it."""
+        return self._tokenizer.to_str()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """From the vocabulary: decoding a token by itself may lose bytes, or a space before it."""
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if token_id in self._added:
+            return piece.encode()
+        if self._is_byte_level:
+            letters = _bytes_of_letters()
+            return b"".join(bytes([letters[letter]]) if letter in letters else letter.encode() for letter in piece)
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
     def render(self, messages: Messages) -> str:
         """The chat through the model's own template."""
@@ -148,6 +183,14 @@ class ModelFormat:
     def _ids(self, special_token: str) -> tuple[int, ...]:
         token_id = self._tokenizer.token_to_id(self._special_tokens.get(special_token, ""))
         return () if token_id is None else (token_id,)
+
+
+@functools.cache
+def _bytes_of_letters() -> dict[str, int]:
+    """The letters that stand for bytes in a byte-level vocabulary, as GPT-2 has them: printable ones for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 def _encode(encode: Callable[[str], list[int]], text: str, field: str) -> list[int]:

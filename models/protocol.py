@@ -9,6 +9,7 @@ has one may pass it to another thread. `models.wire` carries them between proces
     └── ModelLoadError       the model cannot be served as asked
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "er
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1_000
+MAX_STOP_TOKEN_IDS = 1_024
 MAX_LOGIT_BIASES = 1_024
+MAX_TOP_LOGPROBS = 20
+MAX_LOGPROB_VALUES = 2**18  # of one request; some 8 MB of JSON in its result
+MAX_SCHEMA_BYTES = 64 * 1_024
+MAX_REGEX_BYTES = 4 * 1_024
+MAX_STRUCTURE_CHOICES = 1_024
 
 
 class EngineError(Exception):
@@ -48,10 +55,25 @@ class ModelLoadError(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
+class Structure:
+    """The form that a choice's whole text must have: exactly one of these is given."""
+
+    json_schema: str | None = None  # a JSON text that satisfies this schema, itself given as JSON text
+    regex: str | None = None  # what this expression matches from end to end
+    choice: tuple[str, ...] | None = None  # one of these texts
+    json_object: bool = False  # any JSON object
+
+    @property
+    def field(self) -> str:
+        """The name under which a caller asks for it."""
+        return "regex" if self.regex is not None else "choice" if self.choice is not None else "response_format"
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when a choice ends. Ranges are checked by `check_request`, not here."""
 
-    max_tokens: int  # of each choice, at least 1
+    max_tokens: int  # of each choice, at least 1; 0 (nothing but the prompt) only with prompt_logprobs
     temperature: float = 1.0  # 0 (greedy) to 2
     top_p: float = 1.0  # above 0, at most 1 (off)
     top_k: int = 0  # 0 is off
@@ -64,6 +86,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     n: int = 1  # choices, each with random numbers of its own
     ignore_eos: bool = False  # go on to max_tokens (measurements)
+    stop_token_ids: tuple[int, ...] = ()  # like EOS: they end the choice and are no text
+    min_tokens: int = 0  # none of the first so many tokens is EOS or a stop token, or completes a stop string
+    logprobs: int | None = (
+        None  # how many alternatives (0 to 20) to tell beside each generated token; None: tell nothing
+    )
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +110,18 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found a token, as natural logarithms rounded to six decimals.
+
+    Of the model's own distribution: before temperature, penalties, biases, truncation and structure.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob) of the likeliest, in order, as many as were asked for
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One continuation. `text` holds whole characters only; `token_ids`, if wanted, includes the EOS that ended it."""
 
@@ -88,6 +129,7 @@ class Choice:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()  # if wanted, one for each token, EOS and stop string included
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +157,8 @@ class Timings:
 class Failure:
     """Why a request failed.
 
-    Codes: out_of_memory, engine_error, nan_logits, engine_lost (all may pass on another try), invalid_request (never).
+    Codes: out_of_memory, engine_error, nan_logits, engine_lost (all may pass on another try), invalid_request and
+    structure_failed (never).
     """
 
     code: str
@@ -141,6 +184,7 @@ class Delta:
     choice: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of these tokens, if wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +201,7 @@ class Ended:
     usage: Usage = Usage()
     timings: Timings = Timings()
     error: Failure | None = None  # present if and only if outcome is "failed"
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # if wanted; None for the first token: nothing comes before
 
 
 Event: TypeAlias = Started | Delta | Ended
@@ -220,6 +265,7 @@ def check_request(request: GenerationRequest, *, vocab_tokens: int, context_toke
     _require(_is_text(request.id, at_most=256), "id", "must be text of 1 to 256 characters")
     _check_prompt(request.prompt_token_ids, vocab_tokens)
     _check_sampling(request.sampling, vocab_tokens)
+    _check_logprobs(request.sampling, len(request.prompt_token_ids))
     _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, context_tokens)
     deadline = request.deadline_seconds
     _require(
@@ -238,7 +284,9 @@ def _check_prompt(token_ids: Sequence[int], vocab_tokens: int) -> None:
 
 
 def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
-    _require(_is_integer(sampling.max_tokens, 1), "max_tokens", f"must be at least 1, not {sampling.max_tokens!r}")
+    fewest = 1 if sampling.prompt_logprobs is None else 0
+    good = _is_integer(sampling.max_tokens, fewest)
+    _require(good, "max_tokens", f"must be at least {fewest}, not {sampling.max_tokens!r}")
     _check_range("temperature", sampling.temperature, 0.0, 2.0)
     _require(
         _is_number(sampling.top_p, above=0.0, at_most=1.0),
@@ -258,13 +306,74 @@ def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
     _require(seed is None or _is_integer(seed, -(2**63), 2**63 - 1), "seed", f"must fit 64 bits, not {seed!r}")
     _require(_is_integer(sampling.n, 1, MAX_CHOICES), "n", f"must be 1 to {MAX_CHOICES}, not {sampling.n!r}")
     _check_stop(sampling.stop)
+    _check_stop_token_ids(sampling.stop_token_ids, vocab_tokens)
     _check_logit_bias(sampling.logit_bias, vocab_tokens)
+    good = _is_integer(sampling.min_tokens, 0, sampling.max_tokens)
+    _require(good, "min_tokens", f"must be 0 to max_tokens ({sampling.max_tokens}), not {sampling.min_tokens!r}")
+    if sampling.structure is not None:
+        check_structure(sampling.structure)
+        _require(
+            sampling.min_tokens == 0, "min_tokens", "cannot be given together with a structure, which has its own end"
+        )
+        _require(
+            not sampling.ignore_eos, "ignore_eos", "cannot be given together with a structure, which has its own end"
+        )
 
 
 def _check_stop(stop: Sequence[str]) -> None:
     _require(len(stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
     fits = all(_is_text(text, at_most=MAX_STOP_CHARACTERS) for text in stop)
     _require(fits, "stop", f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _check_stop_token_ids(token_ids: Sequence[int], vocab_tokens: int) -> None:
+    field, count = "stop_token_ids", len(token_ids)
+    _require(count <= MAX_STOP_TOKEN_IDS, field, f"at most {MAX_STOP_TOKEN_IDS} tokens, not {count}")
+    for token in token_ids:
+        known = _is_integer(token, 0, vocab_tokens - 1)
+        _require(known, field, f"token id {token!r} is not in the vocabulary of {vocab_tokens}")
+
+
+def _check_logprobs(sampling: SamplingParams, prompt_tokens: int) -> None:
+    for field, top in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        good = top is None or _is_integer(top, 0, MAX_TOP_LOGPROBS)
+        _require(good, field, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top!r}")
+    generated = 0 if sampling.logprobs is None else sampling.n * sampling.max_tokens * (1 + sampling.logprobs)
+    prompt = 0 if sampling.prompt_logprobs is None else prompt_tokens * (1 + sampling.prompt_logprobs)
+    field = "logprobs" if generated >= prompt else "prompt_logprobs"
+    message = f"could be {generated + prompt:,} values; at most {MAX_LOGPROB_VALUES:,}"
+    _require(generated + prompt <= MAX_LOGPROB_VALUES, field, message)
+
+
+def check_structure(structure: Structure) -> None:
+    """Raise `InvalidRequest` unless it is of the right form and size; whether it makes sense, its compiler knows."""
+    given = (structure.json_schema is not None, structure.regex is not None, structure.choice is not None)
+    _require(sum((*given, structure.json_object)) == 1, structure.field, "exactly one kind of structure must be given")
+    if structure.json_schema is not None:
+        _check_size("response_format", structure.json_schema, MAX_SCHEMA_BYTES)
+        _require(_is_schema(structure.json_schema), "response_format", "the schema must be a JSON object")
+    if structure.regex is not None:
+        _check_size("regex", structure.regex, MAX_REGEX_BYTES)
+    if structure.choice is not None:
+        count = len(structure.choice)
+        good = 1 <= count <= MAX_STRUCTURE_CHOICES
+        _require(good, "choice", f"must be 1 to {MAX_STRUCTURE_CHOICES} texts, not {count}")
+        for text in structure.choice:
+            _check_size("choice", text, MAX_SCHEMA_BYTES)
+        _check_size("choice", "".join(structure.choice), MAX_SCHEMA_BYTES)
+
+
+def _check_size(field: str, text: object, at_most_bytes: int) -> None:
+    _require(_is_text(text, at_most_bytes), field, f"must be text of 1 to {at_most_bytes:,} bytes")
+    size = len(str(text).encode(errors="replace"))
+    _require(size <= at_most_bytes, field, f"has {size:,} bytes, at most {at_most_bytes:,}")
+
+
+def _is_schema(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _check_logit_bias(biases: Sequence[tuple[int, float]], vocab_tokens: int) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from models.blocks import Lease
 from models.protocol import (
     Choice,
     Delta,
@@ -13,6 +14,7 @@ from models.protocol import (
     GenerationRequest,
     Outcome,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 from models.text import TextStream
@@ -28,14 +30,53 @@ class Row:
     index: int
     stream: TextStream
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of these tokens, if wanted
     finish_reason: FinishReason | None = None  # None while it runs or waits
     told_tokens: int = 0  # those that a Delta has carried
+    # -- set by the scheduler --
+    sequence: list[int] = field(init=False)  # prompt and generated tokens
+    rank: tuple[int, int] = (0, 0)  # priority and arrival
+    lease: Lease | None = None  # its blocks of the KV pool while it runs
+    computed_tokens: int = 0  # how many of `sequence` have keys and values there
+
+    def __post_init__(self) -> None:
+        """It begins as its prompt."""
+        self.sequence = list(self.flight.request.prompt_token_ids)
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens to put through the model before the next can be chosen; 1 while it decodes."""
+        return len(self.sequence) - self.computed_tokens
+
+    @property
+    def tokens_to_come(self) -> int:
+        """How many it may still write."""
+        return self.flight.request.sampling.max_tokens - len(self.token_ids)
+
+    @property
+    def prompt_is_computed(self) -> bool:
+        """Whether it once was; the row may have been preempted since."""
+        return bool(self.token_ids) or self.computed_tokens >= len(self.flight.request.prompt_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logits of all its prompt's tokens are wanted: then none of them may come from the cache."""
+        return self.index == 0 and self.flight.wants_prompt_logprobs
+
+    def join(self, lease: Lease, cached_tokens: int) -> None:
+        """It runs from here on, with these tokens known already. Those of the prompt count for its owner, once."""
+        self.lease, self.computed_tokens = lease, cached_tokens
+        if self.index == 0 and self.flight.started_at is None:
+            self.flight.cached_tokens = cached_tokens
 
     def take(self, advance: "Advance") -> str:
         """Add a step's tokens; returns the text they settle. May finish the row."""
-        self.token_ids.extend(advance.token_ids)
-        text = "" if advance.silent else self.stream.push(advance.token_ids)
-        if advance.ended or self.stream.stopped:
+        taken, stopped = self._wanted(advance.token_ids)
+        self.token_ids.extend(taken)
+        self.sequence.extend(taken)
+        self.logprobs.extend(advance.logprobs[: len(taken)])
+        text = "" if advance.silent else self.stream.push(taken[:-1] if stopped else taken)
+        if advance.ended or stopped or self.stream.stopped:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.flight.request.sampling.max_tokens:
             self.finish_reason = "length"
@@ -44,6 +85,17 @@ class Row:
             self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
         return text
 
+    def _wanted(self, token_ids: Sequence[int]) -> tuple[Sequence[int], bool]:
+        """The part of these tokens that fits, up to a stop token; and whether that ends them."""
+        sampling = self.flight.request.sampling
+        have = len(self.token_ids)
+        token_ids = token_ids[: sampling.max_tokens - have]
+        if sampling.stop_token_ids:
+            for at, token_id in enumerate(token_ids):
+                if token_id in sampling.stop_token_ids and have + at >= sampling.min_tokens:
+                    return token_ids[: at + 1], True
+        return token_ids, False
+
     @property
     def wanted_token_ids(self) -> tuple[int, ...]:
         """What its choice carries: every token, if the request wants them."""
@@ -51,9 +103,9 @@ class Row:
 
     def delta(self, text: str) -> Delta:
         """The event for this text, with the tokens since the last one."""
-        token_ids = tuple(self.token_ids[self.told_tokens :])
-        self.told_tokens = len(self.token_ids)
-        return Delta(self.flight.request.id, self.index, text, token_ids)
+        told, self.told_tokens = self.told_tokens, len(self.token_ids)
+        token_ids, logprobs = tuple(self.token_ids[told:]), tuple(self.logprobs[told:])
+        return Delta(self.flight.request.id, self.index, text, token_ids, logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +117,7 @@ class Advance:
     token_ids: Sequence[int] = ()  # new ones
     ended: bool = False  # the model has no more to say
     silent: bool = False  # the new tokens are not text (EOS)
+    logprobs: Sequence[TokenLogprobs] = ()  # of the new tokens, if wanted
     failure: Failure | None = None  # the row, and with it its request, cannot go on
 
 
@@ -74,7 +127,9 @@ class Flight:
     def __init__(self, request: GenerationRequest, now: float, decode: Callable[[Sequence[int]], str]) -> None:
         sampling = request.sampling
         self.request = request
-        self.rows = [Row(self, index, TextStream(decode, sampling.stop)) for index in range(sampling.n)]
+        streams = [TextStream(decode, sampling.stop, sampling.min_tokens) for _ in range(sampling.n)]
+        self.rows = [Row(self, index, stream) for index, stream in enumerate(streams)]
+        self.prompt_logprobs: list[TokenLogprobs | None] = []  # as far as they are known
         self.submitted_at = now
         self.deadline_at = math.inf if request.deadline_seconds is None else now + request.deadline_seconds
         self.started_at: float | None = None  # set when a row joins its first step
@@ -89,17 +144,38 @@ class Flight:
         """Nothing is left to compute for it."""
         return self.failure is not None or all(row.finish_reason for row in self.rows)
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some are still to come: the prompt's positions must be computed, not taken from a cache."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
+
+    def note_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Those of the prompt's tokens from index `start` (at least 1) on; what is known already is passed over."""
+        self.prompt_logprobs = self.prompt_logprobs or [None]
+        known = len(self.prompt_logprobs) - start
+        self.prompt_logprobs.extend(logprobs[known:])
+
     def end(self, outcome: Outcome, now: float) -> Ended:
         """Close it, with what it has. Rows still at work are finished by this."""
         for row in self.rows:
             row.finish_reason = row.finish_reason or _UNFINISHED.get(outcome, "cancelled")
         if self.started_at is None:
             return Ended(self.request.id, outcome, timings=self._timings(now), error=self.failure)
-        return Ended(self.request.id, outcome, self._choices(), self._usage(), self._timings(now), self.failure)
+        return Ended(
+            self.request.id,
+            outcome,
+            self._choices(),
+            self._usage(),
+            self._timings(now),
+            self.failure,
+            tuple(self.prompt_logprobs),
+        )
 
     def _choices(self) -> tuple[Choice, ...]:
         return tuple(
-            Choice(row.index, row.stream.text, row.wanted_token_ids, row.finish_reason or "error") for row in self.rows
+            Choice(row.index, row.stream.text, row.wanted_token_ids, row.finish_reason or "error", tuple(row.logprobs))
+            for row in self.rows
         )
 
     def _usage(self) -> Usage:

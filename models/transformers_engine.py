@@ -1,78 +1,208 @@
-"""The first engine for real models: micro-batches of whatever is waiting, through Hugging Face forwards.
+"""The engine for real models: continuous batching over a paged KV pool, through Hugging Face models.
 
-Up to `slots` waiting rows form a batch: their prompts are padded on the left and prefilled together, then every step
-decodes one token for each row. Rows that end leave; rows that arrive wait until the batch is done.
+A step, from top to bottom: the scheduler plans (`models.scheduler`), the runner computes (`models.runner`), the sampler
+chooses (`models.sampling`), `models.base` turns tokens into text and ends what is over.
 """
 
-import inspect
+import importlib.util
+import itertools
+import logging
+import os
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from models.attention import Kernels, Reference
 from models.base import BaseEngine
+from models.blocks import BlockPool
 from models.catalog import ModelSpec
+from models.fused import prepare_for_cpu
+from models.grammar import Grammars
+from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
-from models.prompt import PromptError, load_prompt_format
-from models.protocol import Event, Failure, ModelLoadError
+from models.prompt import PromptError, PromptFormat, load_prompt_format
+from models.protocol import Event, Failure, GenerationRequest, ModelLoadError
 from models.rows import Advance, Row
-from models.sampling import Sampler, sample
+from models.runner import Runner, check_attention, layer_shapes
+from models.sampling import Sampler, logprobs, sample
+from models.scheduler import BlockScheduler, Plan, StepBudget, Work
 
+log = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 16
+_GPU_MEMORY_FRACTION = 0.9
 _NAN_LOGITS = Failure("nan_logits", "the model's output for this request is not a number", retryable=True)
 
 
-class TransformersEngine(BaseEngine):
-    """One batch at a time. A fault in a step costs the requests of that batch, no others."""
+def load_transformers_engine(spec: ModelSpec, device: str | None = None) -> "TransformersEngine":
+    """Load the model of the spec and check that it can be served. Raises `ModelLoadError`."""
+    try:
+        prompt_format = load_prompt_format(spec)
+    except PromptError as error:
+        raise ModelLoadError(f"model {spec.name}: {error}") from error
+    device = choose_device(device)
+    return TransformersEngine(spec, load_model(spec, device), prompt_format)
 
-    def __init__(self, spec: ModelSpec, device: str | None = None) -> None:
-        try:
-            prompt_format = load_prompt_format(spec)
-        except PromptError as error:
-            raise ModelLoadError(f"model {spec.name}: {error}") from error
-        device = choose_device(device)
-        self._model = load_model(spec, device)
-        self._eos_token_ids = eos_token_ids(self._model, prompt_format)
-        self._batch: Batch | None = None
+
+class TransformersEngine(BaseEngine):
+    """A model with its KV pool. A fault costs only the row that causes it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: PreTrainedModel,
+        prompt_format: PromptFormat,
+        *,
+        kernels: Kernels | None = None,
+        graphs: bool = True,
+    ) -> None:
+        """`kernels` and `graphs` are for comparisons; by default the fastest that the device has."""
+        kernels = kernels or choose_kernels(model, spec)
+        shapes = layer_shapes(model, spec.name)
+        context_tokens = prompt_format.context_tokens
+        blocks = pool_blocks(spec, shapes, context_tokens)
+        self._model = model
+        self._blocks = BlockPool(blocks, BLOCK_TOKENS)
+        self._pool = KVPool(shapes, blocks + 1, BLOCK_TOKENS)  # the last one is nobody's: see `models.graphs`
+        may_capture = graphs and model.device.type == "cuda" and type(kernels) is not Reference
+        rows_and_blocks = (spec.slots, self._blocks.blocks_for(min(context_tokens, blocks * BLOCK_TOKENS)))
+        self._runner = Runner(model, self._pool, kernels, rows_and_blocks if may_capture else None)
+        check_attention(model, self._runner, self._blocks, spec.name)
+        self._samplers: dict[Row, Sampler] = {}
+        self._eos_token_ids = eos_token_ids(model, prompt_format)
+        vocab_tokens = model.config.get_text_config().vocab_size
+        self._grammars = Grammars(prompt_format, vocab_tokens, self._eos_token_ids)
+        self._budget = _step_budget(model.device)
         super().__init__(
             spec,
-            device=device,
-            vocab_tokens=self._model.config.get_text_config().vocab_size,
-            context_tokens=prompt_format.context_tokens,
+            BlockScheduler(self._blocks, self._budget, spec.slots),
+            device=model.device.type,
+            vocab_tokens=vocab_tokens,
+            context_tokens=min(context_tokens, blocks * BLOCK_TOKENS),
             decode=prompt_format.decode,
         )
+        _announce(spec, shapes, blocks, context_tokens)
 
     def step(self) -> list[Event]:
         """See `Engine`."""
         events = super().step()
-        if not self._running:
-            self._batch = None  # an idle engine holds no cache
+        self._samplers = {row: sampler for row, sampler in self._samplers.items() if row.finish_reason is None}
+        if not self.has_work() and self._blocks.used:
+            raise AssertionError(f"{self._blocks.used} blocks of the KV pool are held by nobody")
         return events
 
-    def _room(self) -> int:
-        return 0 if self._running else self._spec.slots
+    def close(self) -> None:
+        """See `Engine`."""
+        super().close()
+        self._grammars.close()
 
-    @torch.inference_mode()
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
-        if self._batch is None or not rows[0].token_ids:  # rows join all together, so the first speaks for all
-            self._batch = Batch(self._model, rows, self._vocab_tokens)
-        batch = self._batch
-        batch.drop_ended()
-        logits = batch.forward()  # (rows of the batch, vocab)
-        sound = logits.amax(dim=-1).isfinite()  # (rows of the batch,); false for NaN, which amax passes on
-        token_ids = batch.choose(logits.masked_fill(~sound.unsqueeze(-1), 0.0))
-        return [
-            self._next(row, token_id) if is_sound else Advance(row, _work(row), failure=_NAN_LOGITS)
-            for row, token_id, is_sound in zip(batch.rows, token_ids, sound.tolist(), strict=True)
-            if row.finish_reason is None
-        ]
+    def _prepare(self, request: GenerationRequest) -> Future[Any] | None:
+        structure = request.sampling.structure
+        return None if structure is None else self._grammars.compile(structure)
 
-    def _next(self, row: Row, token_id: int) -> Advance:
-        ended = token_id in self._eos_token_ids and not row.flight.request.sampling.ignore_eos
-        return Advance(row, _work(row), (token_id,), ended=ended, silent=ended)
+    def _forward(self, plan: Plan) -> list[Advance]:
+        self._pool.copy_blocks(plan.copies)
+        works = sorted(plan.works, key=lambda work: work.tokens > 1)
+        began = time.monotonic()
+        advances = self._compute(works)
+        self._budget.observe(sum(work.tokens for work in works), time.monotonic() - began)
+        return advances
+
+    def _compute(self, works: Sequence[Work]) -> list[Advance]:
+        """Run them together; if that fails, in halves, down to the one that is to blame."""
+        try:
+            return self._choose(works, self._runner.run(works))
+        except Exception as error:
+            failure = self._failure(error)
+            log.warning("a step over %d rows failed: %s", len(works), failure.message, exc_info=error)
+        self._recover()  # not in the handler: there the error's frames still hold the step's tensors
+        if failure.code == "out_of_memory":
+            self._budget.halve()
+            works = _smaller(works)
+        if len(works) == 1:
+            return [Advance(works[0].row, works[0].tokens, failure=failure)]
+        half = len(works) // 2
+        return self._compute(works[:half]) + self._compute(works[half:])
+
+    def _choose(self, works: Sequence[Work], logits: Tensor) -> list[Advance]:
+        """The next token of each row whose last token was computed; `logits` is (outputs of all works, vocab)."""
+        ends = list(itertools.accumulate(work.outputs for work in works))
+        unsound = self._unsound(works, ends, logits)
+        computed = [work for work in works if work not in unsound]
+        self._scheduler.done(computed)
+        choosing = {
+            work: end - 1
+            for work, end in zip(works, ends, strict=True)
+            if work.chooses and work in computed and work.row.tokens_to_come
+        }
+        chosen = self._sample(list(choosing), list(choosing.values()), logits) if choosing else {}
+        for work, end in zip(works, ends, strict=True):
+            if work.row.wants_prompt_logprobs and work not in unsound:
+                self._note_prompt(work, logits[end - work.outputs : end])
+        failed = [Advance(work.row, work.tokens, failure=_NAN_LOGITS) for work in unsound]
+        return [chosen.get(work) or Advance(work.row, work.tokens) for work in computed] + failed
+
+    def _unsound(self, works: Sequence[Work], ends: Sequence[int], logits: Tensor) -> list[Work]:
+        """Works with an output that is no number. What they left in the pool is wiped: it would spread."""
+        sound = logits.amax(dim=-1).isfinite().tolist() if len(logits) else []  # amax passes NaN on
+        if all(sound):
+            return []
+        spoilt = [work for work, end in zip(works, ends, strict=True) if not all(sound[end - work.outputs : end])]
+        for work in spoilt:
+            if lease := work.row.lease:
+                work.row.computed_tokens = len(lease.nodes) * BLOCK_TOKENS
+                self._pool.clear(lease.blocks[len(lease.nodes) :])
+        return spoilt
+
+    def _sample(self, works: Sequence[Work], places: Sequence[int], logits: Tensor) -> dict[Work, Advance]:
+        """One token for each of these works, whose logits are at these places."""
+        rows = [work.row for work in works]
+        samplers = [self._sampler(row) for row in rows]
+        logits = logits if len(places) == len(logits) else logits[places]
+        token_ids = sample(logits, samplers)
+        told = logprobs(logits, token_ids, [sampler.sampling.logprobs for sampler in samplers])
+        return {
+            work: Advance(
+                work.row,
+                work.tokens,
+                (token_id,),
+                ended=sampler.ended,
+                silent=sampler.silent,
+                logprobs=() if logprob is None else (logprob,),
+                failure=sampler.failure,
+            )
+            for work, sampler, token_id, logprob in zip(works, samplers, token_ids, told, strict=True)
+        }
+
+    def _sampler(self, row: Row) -> Sampler:
+        if row not in self._samplers:
+            request = row.flight.request
+            structure = request.sampling.structure
+            self._samplers[row] = Sampler(
+                request.sampling,
+                row.index,
+                request.prompt_token_ids,
+                self._vocab_tokens,
+                self._device,
+                eos_token_ids=self._eos_token_ids,
+                matcher=None if structure is None else self._grammars.matcher(structure),
+            )
+        return self._samplers[row]
+
+    def _note_prompt(self, work: Work, logits: Tensor) -> None:
+        """Tell how likely the prompt's own tokens were, those that follow this chunk's."""
+        flight = work.row.flight
+        following = flight.request.prompt_token_ids[work.first + 1 : work.first + work.tokens + 1]
+        counts = [flight.request.sampling.prompt_logprobs] * len(following)
+        told = logprobs(logits[: len(following)], following, counts)
+        flight.note_prompt_logprobs(work.first + 1, [one for one in told if one])
 
     def _recover(self) -> None:
-        self._batch = None
         if self._device == "cuda":
             torch.cuda.synchronize()  # raises if the device itself is broken: then the process must end
             torch.cuda.empty_cache()
@@ -82,61 +212,69 @@ class TransformersEngine(BaseEngine):
         return Failure("out_of_memory", str(error), retryable=True) if out_of_memory else super()._failure(error)
 
 
-def _work(row: Row) -> int:
-    """Tokens this step put through the model: the prompt, and after that one at a time."""
-    return 1 if row.token_ids else len(row.flight.request.prompt_token_ids)
+def _smaller(works: Sequence[Work]) -> list[Work]:
+    """The same work in more parts, if it is a single row's chunk."""
+    if len(works) > 1 or works[0].tokens == 1:
+        return list(works)
+    work, half = works[0], works[0].tokens // 2
+    return [Work(work.row, work.first, half), Work(work.row, work.first + half, work.tokens - half)]
 
 
-class Batch:
-    """Rows computed together, and their keys and values.
+def choose_kernels(model: PreTrainedModel, spec: ModelSpec) -> Kernels:
+    """The fastest attention that this device has; on a CPU the model's layers are made faster too, in place."""
+    if model.device.type == "cpu":
+        return prepare_for_cpu(model, spec.quantization)
+    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from models.kernels.triton import TritonKernels
 
-    Padding on the left keeps every row's newest token in the last column, whatever the lengths.
+        return TritonKernels()
+    return Reference()
+
+
+def _step_budget(device: torch.device) -> StepBudget:
+    """A step of a CPU may last 0.35 s, of a GPU 0.1 s: so long does a decoding row wait for its neighbours' prompts."""
+    if device.type == "cpu":
+        return StepBudget(128, 2_048, target_seconds=0.35)
+    # far more tokens than a CPU's least: below that a step of a GPU hardly gets shorter
+    return StepBudget(2_048, 8_192, target_seconds=0.1, least_tokens=512)
+
+
+def pool_blocks(spec: ModelSpec, shapes: Sequence[LayerShape], context_tokens: int) -> int:
+    """How many blocks the pool has: what the memory budget holds, but no more than can be of use.
+
+    Raises `ModelLoadError` if that is not even one block more than nothing.
     """
+    useful = 2 * spec.slots * -(-context_tokens // BLOCK_TOKENS)  # every row at its longest, and as much to remember
+    blocks = min(useful, blocks_in(kv_budget_bytes(spec, shapes[0].device), shapes, BLOCK_TOKENS) - 1)
+    if blocks < 2:  # noqa: PLR2004
+        raise ModelLoadError(f"model {spec.name}: kv_memory_bytes leaves no room for keys and values")
+    return blocks
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Row], vocab_tokens: int) -> None:
-        self.rows = list(rows)
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
-        prompts = [row.flight.request.prompt_token_ids for row in rows]
-        width = max(map(len, prompts))
-        device = model.device
-        self._input = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        self._mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)  # all three (rows, width), decoding (rows, 1)
-        self._samplers = [
-            Sampler(row.flight.request.sampling, row.index, ids, vocab_tokens, str(device))
-            for row, ids in zip(rows, prompts, strict=True)
-        ]
 
-    def drop_ended(self) -> None:
-        """Once half of the rows have ended, keep the others only: copying the cache must be worth it."""
-        live = [at for at, row in enumerate(self.rows) if row.finish_reason is None]
-        if 2 * len(live) > len(self.rows):
-            return
-        kept = torch.tensor(live, device=self._input.device)
-        self.rows = [self.rows[at] for at in live]
-        self._samplers = [self._samplers[at] for at in live]
-        self._cache.batch_select_indices(kept)
-        self._input, self._mask, self._positions = self._input[kept], self._mask[kept], self._positions[kept]
+def kv_budget_bytes(spec: ModelSpec, device: torch.device) -> int:
+    """What the spec says, else a fifth of the machine's free memory, or what the GPU's fraction leaves."""
+    if spec.kv_memory_bytes:
+        return spec.kv_memory_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        fraction = spec.gpu_memory_fraction or _GPU_MEMORY_FRACTION
+        return max(0, int(free - (1 - fraction) * total))
+    return _free_memory_bytes() // 5
 
-    def forward(self) -> Tensor:
-        """Run the rows' new tokens; returns (rows, vocab), the logits of the token that follows each row."""
-        optional = {"position_ids": self._positions, "logits_to_keep": 1}
-        output = self._model(
-            input_ids=self._input,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value for name, value in optional.items() if name in self._accepted},
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
 
-    def choose(self, logits: Tensor) -> list[int]:
-        """The next token of each row, which is also the next step's input."""
-        token_ids = sample(logits, self._samplers)
-        self._input = torch.tensor(token_ids, device=self._input.device).unsqueeze(-1)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), 1)], dim=-1)
-        self._positions = self._positions[:, -1:] + 1
-        return token_ids
+def _free_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _announce(spec: ModelSpec, shapes: Sequence[LayerShape], blocks: int, context_tokens: int) -> None:
+    tokens = blocks * BLOCK_TOKENS
+    size = tokens * sum(shape.token_bytes for shape in shapes)
+    rows = min(spec.slots, tokens // context_tokens)
+    log.info(
+        "model %s: KV pool of %.2f GiB holds %d tokens, %d rows at full context of %d",
+        spec.name,
+        size / 2**30,
+        tokens,
+        rows,
+        context_tokens,
+    )

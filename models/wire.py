@@ -27,7 +27,9 @@ from models.protocol import (
     InvalidRequest,
     SamplingParams,
     Started,
+    Structure,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 
@@ -122,14 +124,27 @@ def read_event(kind: str, value: dict[str, Any]) -> Event:
     if kind == "started":
         return Started(**value)
     if kind == "delta":
-        return Delta(**{**value, "token_ids": tuple(value["token_ids"])})
+        return Delta(**_with_tokens(value))
     return Ended(
         id=value["id"],
         outcome=value["outcome"],
-        choices=tuple(Choice(**{**choice, "token_ids": tuple(choice["token_ids"])}) for choice in value["choices"]),
+        choices=tuple(Choice(**_with_tokens(choice)) for choice in value["choices"]),
         usage=Usage(**value["usage"]),
         timings=Timings(**value["timings"]),
         error=value["error"] and Failure(**value["error"]),
+        prompt_logprobs=_read_logprobs(value["prompt_logprobs"]),
+    )
+
+
+def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
+    """A choice's or a delta's fields, its tokens as tuples."""
+    return {**value, "token_ids": tuple(value["token_ids"]), "logprobs": _read_logprobs(value["logprobs"])}
+
+
+def _read_logprobs(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(
+        value and TokenLogprobs(value["token_id"], value["logprob"], tuple(map(tuple, value["top"])))
+        for value in values
     )
 
 
@@ -137,12 +152,20 @@ def read_request(value: dict[str, Any]) -> GenerationRequest:
     """The request a message carries, its values unchecked. Raises `InvalidRequest` if it has another form."""
     try:
         sampling = dict(value["sampling"])
-        sampling["stop"] = tuple(sampling.get("stop", ()))
+        sampling |= {name: tuple(sampling.get(name, ())) for name in ("stop", "stop_token_ids")}
         sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling.get("logit_bias", ()))
+        sampling["structure"] = _read_structure(sampling.get("structure"))
         prompt = tuple(value["prompt_token_ids"])
         return GenerationRequest(**{**value, "prompt_token_ids": prompt, "sampling": SamplingParams(**sampling)})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequest("request", f"has not the form of one: {error!r}") from error
+
+
+def _read_structure(value: dict[str, Any] | None) -> Structure | None:
+    if value is None:
+        return None
+    choice = value.get("choice")
+    return Structure(**{**value, "choice": None if choice is None else tuple(choice)})
 
 
 def read_health(value: dict[str, Any]) -> Health:

@@ -199,7 +199,9 @@ def _spec(settings: Settings, model: str) -> ModelSpec:
     if settings.database_url is None:
         raise SettingsError("HEADRACE_DATABASE_URL", "is not set; a worker needs the two servers of a stack")
     try:
-        return Catalog.from_mapping(settings.models).get(model)
+        spec = Catalog.from_mapping(settings.models).get(model)
+        fraction = spec.gpu_memory_fraction or settings.gpu_memory_fraction
+        return spec.model_copy(update={"gpu_memory_fraction": fraction})
     except CatalogError as error:
         raise SettingsError(f"models.{model}", str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Commands for deployments: migrate, worker, flower, version."""
+"""Commands for deployments: migrate, worker, bench, flower, version."""
 
 from __future__ import annotations
 
@@ -46,6 +46,29 @@ def worker(
     return run(model, gpus)
 
 
+def bench(
+    *,
+    model: Annotated[str, typer.Option(help="A name of the catalog, a folder or a hub id.")] = DEFAULT_MODEL,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter requests.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Load a model here, without servers, and measure it: tokens per second, time to first token, time between."""
+    from dataclasses import asdict
+
+    from headrace import show
+    from headrace.bench import measure
+    from jobs.settings import Settings
+
+    settings = Settings.load()
+    check_models(settings, [model])
+    figures = asdict(measure(settings, model, quick=quick))
+    if as_json:
+        show.emit(figures)
+    else:
+        show.out().print(show.figures(figures))
+    return SUCCESS
+
+
 def flower(
     *,
     port: Port = None,
@@ -88,5 +111,5 @@ def version(*, as_json: AsJson = False) -> int:
 
 def register(app: Any) -> None:
     """Put the commands into the application."""
-    for function in (migrate, worker, flower, version):
+    for function in (migrate, worker, bench, flower, version):
         app.command(rich_help_panel="Deployment")(function)

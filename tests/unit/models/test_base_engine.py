@@ -11,6 +11,7 @@ from models.base import BaseEngine
 from models.catalog import ModelSpec
 from models.protocol import Ended, Event, Failure, GenerationRequest, InvalidRequest, Started
 from models.rows import Advance, Row
+from models.scheduler import Plan, SlotScheduler
 
 Ask = Callable[..., GenerationRequest]
 Finish = Callable[..., dict[str, Ended]]
@@ -22,15 +23,15 @@ class Scripted(BaseEngine):
     def __init__(self, slots: int = 4) -> None:
         spec = ModelSpec(name="scripted", engine="echo", slots=slots)
         decode = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
-        super().__init__(spec, device="cpu", vocab_tokens=256, context_tokens=1_000, decode=decode)
+        super().__init__(
+            spec, SlotScheduler(slots), device="cpu", vocab_tokens=256, context_tokens=1_000, decode=decode
+        )
         self.fault: Callable[[Sequence[Row]], dict[Row, Failure]] = lambda rows: {}
         self.recovered = 0
         self.now_running: list[str] = []
 
-    def _room(self) -> int:
-        return self._spec.slots - len(self._running)
-
-    def _forward(self, rows: Sequence[Row]) -> list[Advance]:
+    def _forward(self, plan: Plan) -> list[Advance]:
+        rows = [work.row for work in plan.works]
         self.now_running = [row.flight.request.id for row in rows]
         failures = self.fault(rows)
         return [Advance(row, 1, b"x", failure=failures.get(row)) for row in rows]

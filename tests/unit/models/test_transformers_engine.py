@@ -1,4 +1,4 @@
-"""The first engine for real models, against transformers itself, with small random models."""
+"""The engine for real models, against transformers itself, with small random models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def reference(model: Any, prompt: list[int], max_tokens: int, **settings: Any) -
 def test_greedy_equals_generate_token_by_token(
     architecture: str, tiny_model: Callable[..., tuple[Path, Any]], ask: Ask, finish: Finish
 ) -> None:
-    """Prompts and answers of mixed lengths, batched and leaving at different steps, give generate's own tokens."""
+    """Prompts and answers of mixed lengths, joining and leaving at different steps, give generate's own tokens."""
     folder, model = tiny_model(architecture)
     engine = load(folder)
     wanted = [(prompt, 5 + 6 * at) for at, prompt in enumerate(prompts(3, 17, 1, 40, 9, 9, 25))]
@@ -66,7 +66,7 @@ def test_greedy_equals_generate_token_by_token(
 def test_sliding_window_attention_equals_generate(
     tiny_model: Callable[..., tuple[Path, Any]], ask: Ask, finish: Finish
 ) -> None:
-    """A model that looks back only so far keeps only so much, in a padded batch too."""
+    """A model that looks back only so far sees only so much."""
     folder, model = tiny_model("mistral", sliding_window=8)
     engine = load(folder)
     wanted = [(prompt, 30) for prompt in prompts(3, 20, 11)]
@@ -185,7 +185,7 @@ def test_deltas_hold_whole_characters_and_join_to_the_text(
 def test_cancelled_rows_leave_and_the_others_are_not_disturbed(
     tiny_model: Callable[..., tuple[Path, Any]], llama: TransformersEngine, ask: Ask, finish: Finish
 ) -> None:
-    """When most of a batch is cancelled the cache shrinks to the rest, which end as if they had been alone."""
+    """What is left ends as if it had been alone."""
     wanted = prompts(3, 17, 8, 40)
     for at, prompt in enumerate(wanted):
         llama.submit(ask(str(at), prompt, 30))
@@ -205,10 +205,10 @@ def test_cancelled_rows_leave_and_the_others_are_not_disturbed(
     assert ended["2"].choices[0].token_ids == reference(tiny_model()[1], wanted[2], 30)
 
 
-def test_a_batch_that_is_cancelled_whole_gives_way_to_the_next(
+def test_when_all_are_cancelled_the_next_one_is_not_disturbed(
     tiny_model: Callable[..., tuple[Path, Any]], llama: TransformersEngine, ask: Ask, finish: Finish
 ) -> None:
-    """Nothing of the old batch's cache is used for the next one."""
+    """Nothing of the old row is used for the next one."""
     first, second = prompts(9, 14)
     llama.submit(ask("old", first, 30))
     llama.step()
@@ -225,7 +225,7 @@ def test_a_batch_that_is_cancelled_whole_gives_way_to_the_next(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out_of_memory"),
     ],
 )
-def test_a_fault_fails_its_batch_and_the_engine_lives_on(  # noqa: PLR0917  fixtures
+def test_a_fault_in_every_row_fails_all_and_the_engine_lives_on(  # noqa: PLR0917  fixtures
     error: Exception,
     code: str,
     llama: TransformersEngine,
@@ -233,7 +233,7 @@ def test_a_fault_fails_its_batch_and_the_engine_lives_on(  # noqa: PLR0917  fixt
     finish: Finish,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The batch fails retryable, its cache is freed, and what was waiting is served."""
+    """They fail retryable, their blocks are free again, and what was waiting is served."""
     for at in range(5):
         llama.submit(ask(str(at), "hello", 6))
     llama.step()
@@ -242,7 +242,6 @@ def test_a_fault_fails_its_batch_and_the_engine_lives_on(  # noqa: PLR0917  fixt
         events = llama.step()
     failed = [event for event in events if isinstance(event, Ended)]
     assert [(end.id, end.error.code, end.error.retryable) for end in failed] == [(id_, code, True) for id_ in "0123"]
-    assert llama._batch is None
     assert {request_id: end.outcome for request_id, end in finish(llama).items()} == {"4": "succeeded"}
 
 
@@ -265,9 +264,9 @@ def test_nan_logits_fail_their_row_alone(
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if len(llama._running) == 3:
-            output.logits[1] = torch.nan
-            output.logits[2, :, 0] = torch.inf
+        if output.logits.shape[1] == 3:
+            output.logits[0, 1] = torch.nan
+            output.logits[0, 2, 0] = torch.inf
         return output
 
     monkeypatch.setattr(llama._model, "forward", poisoned)
@@ -338,6 +337,7 @@ def test_quantized_models_answer_and_are_smaller(
     assert engine.health().quantization == quantization
     assert engine._model.get_memory_footprint() < model.get_memory_footprint() / 2
     ids = torch.tensor(prompts(30))
+    engine._model.set_attn_implementation("eager")
     with torch.inference_mode():
         exact, rough = model(ids).logits, engine._model(ids).logits.float()
     assert ((rough - exact).norm() / exact.norm()).item() < largest_error
@@ -371,13 +371,19 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_an_idle_engine_holds_no_cache(llama: TransformersEngine, ask: Ask, finish: Finish) -> None:
-    """When the last row ends the keys and values are freed."""
-    llama.submit(ask("a", "hello", 3))
+def test_an_idle_engine_holds_no_block_but_remembers(llama: TransformersEngine, ask: Ask, finish: Finish) -> None:
+    """When the last row ends all blocks are free or cached, and the same prompt again is computed in part only."""
+    prompt = prompts(40)[0]
+    llama.submit(ask("a", prompt, 3))
     llama.step()
-    assert llama._batch is not None
-    finish(llama)
-    assert llama._batch is None
+    assert llama._blocks.used == 3
+    first = finish(llama)["a"]
+    assert llama._blocks.used == 0
+    llama.submit(ask("b", prompt, 3))
+    again = finish(llama)["b"]
+    llama._blocks.check()
+    assert (first.usage.cached_tokens, again.usage.cached_tokens) == (0, 39)
+    assert again.choices == first.choices
 
 
 def test_tiny_chat_answers() -> None:

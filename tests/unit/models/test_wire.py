@@ -18,7 +18,9 @@ from models.protocol import (
     InvalidRequest,
     SamplingParams,
     Started,
+    Structure,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 from models.wire import Channel, dial, event_message, listen, read_event, read_request, submit_message
@@ -31,6 +33,9 @@ from models.wire import Channel, dial, event_message, listen, read_event, read_r
         Delta("a", 1, "é\n", (1, 2)),
         Ended("a", "released"),
         Ended("a", "succeeded", (Choice(0, "x", (5,), "stop"),), Usage(1, 0, 1), Timings(1, 2, 3, 4, 5, 6)),
+        Delta("a", 0, "x", (7,), (TokenLogprobs(7, -0.5, ((7, -0.5), (8, -1.25))),)),
+        Ended("a", "succeeded", (Choice(0, "x", (), "stop", (TokenLogprobs(5, -2.0),)),), Usage(2, 0, 1)),
+        Ended("a", "succeeded", prompt_logprobs=(None, TokenLogprobs(6, -1.0, ((3, -0.5),)))),
         Ended("a", "failed", error=Failure("out_of_memory", "no room", retryable=True)),
     ],
 )
@@ -47,6 +52,26 @@ def test_requests_survive_the_way() -> None:
     assert read == request
     assert hash(read) == hash(request)
     assert orjson.loads(orjson.dumps([submit_message(request)])) == [["submit", orjson.loads(orjson.dumps(request))]]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Structure(json_schema='{"type":"object"}'),
+        Structure(regex="é+"),
+        Structure(choice=("a", "b")),
+        Structure(json_object=True),
+    ],
+)
+def test_structures_survive_the_way(structure: Structure) -> None:
+    """So do the fields that say how a choice ends and what is told of it."""
+    sampling = SamplingParams(
+        7, stop_token_ids=(1, 2), min_tokens=3, logprobs=0, prompt_logprobs=5, structure=structure
+    )
+    request = GenerationRequest("id", (1, 2, 3), sampling)
+    read = read_request(orjson.loads(orjson.dumps(request)))
+    assert read == request
+    assert hash(read) == hash(request)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(1, seed=2**70), SamplingParams(1, stop=("\ud800",))])
@@ -120,5 +145,5 @@ def test_a_path_too_long_for_a_socket_is_an_error_that_says_so(tmp_path: Path) -
 
 def test_events_have_no_field_that_the_wire_forgets() -> None:
     """A field added to Ended must be read too: this fails until it is."""
-    known = {"id", "outcome", "choices", "usage", "timings", "error"}
+    known = {"id", "outcome", "choices", "usage", "timings", "error", "prompt_logprobs"}
     assert {field.name for field in dataclasses.fields(Ended)} == known

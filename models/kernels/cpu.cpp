@@ -1,0 +1,461 @@
+// What a step does between its matrix products, on a CPU. Plain C++ behind a C interface, without torch's headers: it
+// builds in seconds and fits any torch. `models/kernels/cpu.py` builds it, calls it, and holds the plain-torch twins.
+//
+// T is float or Bf16. Widths are multiples of 16 (head_dim of 32, for the rotation), which the caller checks.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr long kLanes = 16;
+constexpr long kTile = 64;           // keys that are scored at once
+constexpr long kQueries = 32;        // rows (token, head) of a KV head that share one reading of its keys, about
+constexpr long kParallel = 1 << 14;  // elements under which waking the threads costs more than the work
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+using Bytes = uint8_t __attribute__((vector_size(16)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+To load_as(const From* from) {
+  To value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+Floats load(const float* from) { return load_as<Floats>(from); }
+Floats load(const Bf16* from) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+}
+void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+void store(Bf16* to, Floats value) {  // to nearest, ties to even
+  Words bits = reinterpret_cast<Words>(value);
+  Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+float sum(Floats value) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += value[i];
+  return total;
+}
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+float largest(Floats value) {
+  float best = value[0];
+  for (int i = 1; i < kLanes; ++i) best = std::max(best, value[i]);
+  return best;
+}
+Floats absolute(Floats value) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) & 0x7fffffffu); }
+Floats rounded(Floats value) { return (value + 12582912.f) - 12582912.f; }  // to an integer, if |value| < 2^22
+
+// Within 2 units in the last place; a NaN stays one. Below -87 it is about 1e-38 and not 0.
+Floats exponential(Floats x) {
+  x = x < -87.f ? Floats{} - 87.f : x;
+  x = x > 88.f ? Floats{} + 88.f : x;
+  Floats n = rounded(x * 1.44269504f);
+  Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+              1.6666665459e-1f) * r + 5.0000001201e-1f;
+  Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return (p * r * r + r + 1.f) * reinterpret_cast<Floats>(power);
+}
+
+// One row as unsigned bytes around 128, scaled by its own largest value.
+void quantize_row(const float* row, long width, uint8_t* out, float* scale) {
+  Floats top{};
+  for (long i = 0; i < width; i += kLanes) top = larger(absolute(load(row + i)), top);
+  *scale = std::max(largest(top) / 127.f, 1e-12f);
+  float inverse = 1.f / *scale;
+  for (long i = 0; i < width; i += kLanes) {
+    Ints whole = __builtin_convertvector(rounded(load(row + i) * inverse), Ints) + 128;
+    Bytes bytes = __builtin_convertvector(whole, Bytes);
+    std::memcpy(out + i, &bytes, sizeof bytes);
+  }
+}
+
+// Where a row's results go: as they are, or quantized.
+template <class T>
+struct Sink {
+  T* plain;
+  uint8_t* bytes;
+  float* scales;
+
+  void put(long row, const float* values, long width) const {
+    if (bytes) return quantize_row(values, width, bytes + row * width, scales + row);
+    for (long i = 0; i < width; i += kLanes) store(plain + row * width + i, load(values + i));
+  }
+};
+
+float* scratch(long floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<long>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+template <class T>
+void quantize(const T* x, Sink<T> sink, long rows, long width) {
+#pragma omp parallel for if (rows * width > kParallel)
+  for (long row = 0; row < rows; ++row) {
+    float* values = scratch(width);
+    for (long i = 0; i < width; i += kLanes) store(values + i, load(x + row * width + i));
+    sink.put(row, values, width);
+  }
+}
+
+template <class T>
+void add_norm(T* residual, const T* added, const float* added_scales, const T* weight, float epsilon, Sink<T> sink,
+              long rows, long width) {
+#pragma omp parallel for if (rows * width > kParallel)
+  for (long row = 0; row < rows; ++row) {
+    float* values = scratch(width);
+    T* own = residual + row * width;
+    float scale = added_scales ? added_scales[row] : 1.f;
+    Floats squares{};
+    for (long i = 0; i < width; i += kLanes) {
+      if (added) store(own + i, load(own + i) + load(added + row * width + i) * scale);
+      Floats x = load(own + i);
+      squares += x * x;
+      store(values + i, x);
+    }
+    float factor = 1.f / std::sqrt(sum(squares) / width + epsilon);
+    for (long i = 0; i < width; i += kLanes) store(values + i, load(values + i) * factor * load(weight + i));
+    sink.put(row, values, width);
+  }
+}
+
+template <class T>
+void silu_multiply(const T* gate_up, const float* scales, Sink<T> sink, long rows, long width) {
+#pragma omp parallel for if (rows * width > kParallel)
+  for (long row = 0; row < rows; ++row) {
+    float* values = scratch(width);
+    const T *gates = gate_up + row * 2 * width, *ups = gates + width;
+    float scale = scales ? scales[row] : 1.f;
+    for (long i = 0; i < width; i += kLanes) {
+      Floats gate = load(gates + i) * scale;
+      store(values + i, gate / (exponential(-gate) + 1.f) * (load(ups + i) * scale));
+    }
+    sink.put(row, values, width);
+  }
+}
+
+struct Heads {
+  long query, kv, dim;
+};
+
+template <class T>
+void rotate(float* x, const T* cos, const T* sin, const T* weight, float epsilon, long dim) {
+  long half = dim / 2;
+  if (weight) {
+    Floats squares{};
+    for (long i = 0; i < dim; i += kLanes) squares += load(x + i) * load(x + i);
+    float factor = 1.f / std::sqrt(sum(squares) / dim + epsilon);
+    for (long i = 0; i < dim; i += kLanes) store(x + i, load(x + i) * factor * load(weight + i));
+  }
+  for (long i = 0; i < half; i += kLanes) {
+    Floats a = load(x + i), b = load(x + half + i);
+    store(x + i, a * load(cos + i) - b * load(sin + i));
+    store(x + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+  }
+}
+
+// Queries are rotated where they are; keys are rotated into the pool, values copied there.
+template <class T>
+void rotary_write(T* qkv, const float* scales, const T* bias, const T* cos, const T* sin, const T* query_norm,
+                  const T* key_norm, float epsilon, const int64_t* slots, T* keys, T* values, long tokens, Heads heads,
+                  long block_tokens) {
+  long dim = heads.dim, all = heads.query + 2 * heads.kv;
+#pragma omp parallel for if (tokens * all * dim > kParallel)
+  for (long token = 0; token < tokens; ++token) {
+    float* x = scratch(dim);
+    float scale = scales ? scales[token] : 1.f;
+    long block = slots[token] / block_tokens, offset = slots[token] % block_tokens;
+    for (long head = 0; head < all; ++head) {
+      T *own = qkv + (token * all + head) * dim, *to = own;
+      long kv = head - heads.query;
+      if (kv >= 0) {
+        T* pool = kv < heads.kv ? keys : values;
+        to = pool + ((block * heads.kv + kv % heads.kv) * block_tokens + offset) * dim;
+      }
+      for (long i = 0; i < dim; i += kLanes) {
+        Floats part = load(own + i) * scale;
+        store(x + i, bias ? part + load(bias + head * dim + i) : part);
+      }
+      if (kv < heads.kv) rotate(x, cos + token * dim, sin + token * dim, kv < 0 ? query_norm : key_norm, epsilon, dim);
+      for (long i = 0; i < dim; i += kLanes) store(to + i, load(x + i));
+    }
+  }
+}
+
+// Attention works on 32-bit words: one float, or two neighbouring Bf16 that are multiplied and summed as a pair.
+template <class T>
+constexpr long kPerWord = sizeof(uint32_t) / sizeof(T);
+
+template <class T>
+Floats multiply_add(Floats total, Words a, Words b) {
+  if constexpr (kPerWord<T> == 1) return total + reinterpret_cast<Floats>(a) * reinterpret_cast<Floats>(b);
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Floats>(__builtin_ia32_dpbf16ps_v16sf(
+      total, reinterpret_cast<__attribute__((vector_size(64))) short>(a),
+      reinterpret_cast<__attribute__((vector_size(64))) short>(b)));
+#else
+  total += reinterpret_cast<Floats>(a << 16) * reinterpret_cast<Floats>(b << 16);
+  return total + reinterpret_cast<Floats>(a & 0xffff0000u) * reinterpret_cast<Floats>(b & 0xffff0000u);
+#endif
+}
+
+// c (rows x 16*columns) += a (rows x depth words) * b (depth words x 16*columns)
+template <class T, int ROWS, int COLUMNS>
+void multiply_tile(const uint32_t* a, long a_stride, const Words* b, long b_stride, Floats* c, long c_stride,
+                   long depth) {
+  Floats total[ROWS][COLUMNS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < COLUMNS; ++k) total[r][k] = c[r * c_stride + k];
+  for (long d = 0; d < depth; ++d)
+    for (int r = 0; r < ROWS; ++r)
+      for (int k = 0; k < COLUMNS; ++k)
+        total[r][k] = multiply_add<T>(total[r][k], Words{} + a[r * a_stride + d], b[d * b_stride + k]);
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < COLUMNS; ++k) c[r * c_stride + k] = total[r][k];
+}
+
+template <class T, int ROWS>
+void multiply_rows(const uint32_t* a, long a_stride, const Words* b, Floats* c, long depth, long columns) {
+  long k = 0;
+  for (; k + 4 <= columns; k += 4) multiply_tile<T, ROWS, 4>(a, a_stride, b + k, columns, c + k, columns, depth);
+  for (; k + 2 <= columns; k += 2) multiply_tile<T, ROWS, 2>(a, a_stride, b + k, columns, c + k, columns, depth);
+}
+
+template <class T>
+void multiply(const uint32_t* a, const Words* b, Floats* c, long rows, long depth, long columns) {
+  long r = 0;
+  for (; r + 4 <= rows; r += 4) multiply_rows<T, 4>(a + r * depth, depth, b, c + r * columns, depth, columns);
+  if (rows - r == 3) multiply_rows<T, 3>(a + r * depth, depth, b, c + r * columns, depth, columns);
+  if (rows - r == 2) multiply_rows<T, 2>(a + r * depth, depth, b, c + r * columns, depth, columns);
+  if (rows - r == 1) multiply_rows<T, 1>(a + r * depth, depth, b, c + r * columns, depth, columns);
+}
+
+// 16 x 16 words: out[i * out_stride] holds word i of each of 16 rows
+void transpose(const uint32_t* rows, long stride, Words* out, long out_stride) {
+  Words a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = load_as<Words>(rows + i * stride);
+  constexpr Words low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Words high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int stage = 0; stage < 4; ++stage) {  // a perfect shuffle of all 256 words, four times
+    for (int i = 0; i < 8; ++i) {
+      b[2 * i] = __builtin_shuffle(a[i], a[i + 8], low);
+      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 8], high);
+    }
+    std::copy(b, b + 16, a);
+  }
+  for (int i = 0; i < 16; ++i) out[i * out_stride] = a[i];
+}
+
+template <class T>
+struct Attention {
+  const T* query;  // (sequences * tokens, heads, dim), the first stride apart
+  long query_stride;
+  T* out;  // (sequences * tokens, heads, dim)
+  const T *keys, *values;
+  const int32_t *tables, *contexts;
+  long table_stride, sequences, tokens, block_tokens, window;
+  Heads heads;
+  float scaling, softcap;
+  const float* sinks;
+
+  long groups() const { return heads.query / heads.kv; }
+  const T* block(const T* pool, long sequence, long key, long kv) const {
+    long number = tables[sequence * table_stride + key / block_tokens];
+    return pool + ((number * heads.kv + kv) * block_tokens + key % block_tokens) * heads.dim;
+  }
+};
+
+// Some tokens of one sequence, the query heads of one KV head, and a stretch of its keys.
+struct Task {
+  long sequence, kv, first, tokens, from, to;
+  bool sinks;  // it is the one that counts them
+};
+
+// Rows are (token, head of the group). Unnormalized sums stay beside the largest score and the sum of weights.
+template <class T>
+struct Partial {
+  std::vector<Floats> total;  // (rows, dim / 16)
+  std::vector<float> top, weight;
+};
+
+template <class T>
+void score_row(const Attention<T>& all, Floats* scores, T* weights, long first_key, long from, long to, float& top,
+               float& weight, Floats* total) {
+  Floats best = Floats{} + top;
+  Ints visible[kTile / kLanes];
+  for (long k = 0; k < kTile / kLanes; ++k) {
+    Ints at = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + static_cast<int>(first_key + k * kLanes);
+    visible[k] = (at >= static_cast<int>(from)) & (at < static_cast<int>(to));
+    Floats x = scores[k] * all.scaling;
+    if (all.softcap > 0) x = all.softcap - 2 * all.softcap / (exponential(x * (2 / all.softcap)) + 1.f);
+    scores[k] = x;
+    best = visible[k] ? larger(x, best) : best;
+  }
+  float before = top, sums = 0;
+  top = largest(best);
+  Floats added{};
+  for (long k = 0; k < kTile / kLanes; ++k) {
+    Floats x = visible[k] ? exponential(scores[k] - top) : Floats{};
+    added += x;
+    store(weights + k * kLanes, x);
+  }
+  sums = sum(added);
+  if (top != before) {
+    float factor = std::exp(before - top);
+    weight *= factor;
+    for (long k = 0; k < all.heads.dim / kLanes; ++k) total[k] *= factor;
+  }
+  weight += sums;
+}
+
+template <class T>
+void attend(const Attention<T>& all, const Task& task, Partial<T>& state) {
+  long groups = all.groups(), rows = task.tokens * groups, dim = all.heads.dim, columns = dim / kLanes;
+  long words = dim / kPerWord<T>, context = all.contexts[task.sequence];
+  thread_local std::vector<uint32_t> queries;
+  thread_local std::vector<Words> keys, values;
+  thread_local std::vector<Floats> scores;
+  thread_local std::vector<T> weights;
+  queries.resize(rows * words), keys.resize(words * kTile / kLanes), values.resize(kTile / kPerWord<T> * columns);
+  scores.resize(rows * kTile / kLanes), weights.resize(rows * kTile);
+  for (long row = 0; row < rows; ++row) {
+    long token = task.sequence * all.tokens + task.first + row / groups;
+    const T* from = all.query + token * all.query_stride + (task.kv * groups + row % groups) * dim;
+    std::memcpy(queries.data() + row * words, from, dim * sizeof(T));
+    bool sink = all.sinks && task.sinks;
+    state.top[row] = sink ? all.sinks[task.kv * groups + row % groups] : -1e30f;
+    state.weight[row] = sink ? 1.f : 0.f;
+  }
+  std::fill(state.total.begin(), state.total.begin() + rows * columns, Floats{});
+  for (long tile = task.from; tile < task.to; tile += kTile) {
+    for (long k = 0; k < kTile; k += kLanes) {
+      long key = std::min(tile + k, (task.to - 1) / kLanes * kLanes);  // past the end: any that exists, for no weight
+      auto from = reinterpret_cast<const uint32_t*>(all.block(all.keys, task.sequence, key, task.kv));
+      for (long d = 0; d < words; d += kLanes)
+        transpose(from + d, words, keys.data() + d * (kTile / kLanes) + k / kLanes, kTile / kLanes);
+      const T* value = all.block(all.values, task.sequence, key, task.kv);
+      for (long j = 0; j < kLanes; j += kPerWord<T>)
+        for (long c = 0; c < columns; ++c) {
+          Words& to = values[(k + j) / kPerWord<T> * columns + c];
+          const T* at = value + j * dim + c * kLanes;
+          to = reinterpret_cast<Words>(load(at));
+          if (kPerWord<T> == 2) to = (to >> 16) | reinterpret_cast<Words>(load(at + dim));
+        }
+    }
+    std::fill(scores.begin(), scores.end(), Floats{});
+    multiply<T>(queries.data(), keys.data(), scores.data(), rows, words, kTile / kLanes);
+    for (long row = 0; row < rows; ++row) {
+      long own = context - all.tokens + task.first + row / groups;  // the row's place in its sequence
+      long from = all.window > 0 ? std::max(task.from, own - all.window + 1) : task.from;
+      score_row(all, &scores[row * kTile / kLanes], &weights[row * kTile], tile, from, std::min(task.to, own + 1),
+                state.top[row], state.weight[row], &state.total[row * columns]);
+    }
+    multiply<T>(reinterpret_cast<const uint32_t*>(weights.data()), values.data(), state.total.data(), rows,
+                kTile / kPerWord<T>, columns);
+  }
+}
+
+// Put the parts of a task's keys together, each weighed by its own largest score.
+template <class T>
+void finish(const Attention<T>& all, const Task& task, const Partial<T>* parts, long count) {
+  long groups = all.groups(), columns = all.heads.dim / kLanes;
+  for (long row = 0; row < task.tokens * groups; ++row) {
+    float top = parts[0].top[row], weight = 0;
+    for (long i = 1; i < count; ++i) top = std::max(top, parts[i].top[row]);
+    long token = task.sequence * all.tokens + task.first + row / groups;
+    T* to = all.out + (token * all.heads.query + task.kv * groups + row % groups) * all.heads.dim;
+    for (long i = 0; i < count; ++i) weight += parts[i].weight[row] * std::exp(parts[i].top[row] - top);
+    for (long c = 0; c < columns; ++c) {
+      Floats total{};
+      for (long i = 0; i < count; ++i)
+        total += parts[i].total[row * columns + c] * (std::exp(parts[i].top[row] - top) / weight);
+      store(to + c * kLanes, total);
+    }
+  }
+}
+
+template <class T>
+Partial<T> partial(long rows, long dim) {
+  return {std::vector<Floats>(rows * dim / kLanes), std::vector<float>(rows), std::vector<float>(rows)};
+}
+
+template <class T>
+void attention(const Attention<T>& all) {
+  long groups = all.groups(), step = std::min(all.tokens, std::max(1L, kQueries / groups));
+  long tiles = (all.tokens + step - 1) / step, tasks = all.sequences * all.heads.kv * tiles;
+  long longest = *std::max_element(all.contexts, all.contexts + all.sequences);
+  // few tasks: several threads share the keys of one
+  long threads = omp_get_max_threads(), splits = std::min(4 * threads / tasks, longest / (2 * kTile));
+  splits = threads > 1 ? std::max(1L, splits) : 1;
+  auto task_of = [&](long number, long split) {
+    long tile = number % tiles, kv = number / tiles % all.heads.kv, sequence = number / tiles / all.heads.kv;
+    long first = tile * step, tokens = std::min(step, all.tokens - first), context = all.contexts[sequence];
+    long end = context - all.tokens + first + tokens;  // the last of these tokens sees this many
+    long begin = all.window > 0 ? std::max(0L, end - tokens - all.window + 1) / kTile * kTile : 0;
+    long share = ((end - begin + splits - 1) / splits + kTile - 1) / kTile * kTile;
+    return Task{sequence, kv, first, tokens, std::min(end, begin + split * share),
+                std::min(end, begin + (split + 1) * share), split == 0};
+  };
+  std::vector<Partial<T>> parts;
+  for (long i = 0; splits > 1 && i < tasks * splits; ++i) parts.push_back(partial<T>(step * groups, all.heads.dim));
+#pragma omp parallel if (all.sequences * all.tokens * all.heads.query * longest > kParallel)
+  {
+    Partial<T> own = partial<T>(step * groups, all.heads.dim);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < tasks * splits; ++i) {
+      Task task = task_of(i / splits, i % splits);
+      attend(all, task, splits > 1 ? parts[i] : own);
+      if (splits == 1) finish(all, task, &own, 1);
+    }
+#pragma omp for
+    for (long i = 0; i < (splits > 1 ? tasks : 0); ++i) finish(all, task_of(i, 0), &parts[i * splits], splits);
+  }
+}
+
+}  // namespace
+
+#define EXPORT(T, SUFFIX)                                                                                             \
+  extern "C" void quantize_##SUFFIX(const T* x, uint8_t* bytes, float* scales, long rows, long width) {              \
+    quantize<T>(x, {nullptr, bytes, scales}, rows, width);                                                            \
+  }                                                                                                                   \
+  extern "C" void add_norm_##SUFFIX(T* residual, const T* added, const float* added_scales, const T* weight,          \
+                                    float epsilon, T* out, uint8_t* bytes, float* scales, long rows, long width) {    \
+    add_norm<T>(residual, added, added_scales, weight, epsilon, {out, bytes, scales}, rows, width);                   \
+  }                                                                                                                   \
+  extern "C" void silu_multiply_##SUFFIX(const T* gate_up, const float* in_scales, T* out, uint8_t* bytes,            \
+                                         float* scales, long rows, long width) {                                      \
+    silu_multiply<T>(gate_up, in_scales, {out, bytes, scales}, rows, width);                                          \
+  }                                                                                                                   \
+  extern "C" void rotary_write_##SUFFIX(T* qkv, const float* scales, const T* bias, const T* cos, const T* sin,       \
+                                        const T* query_norm, const T* key_norm, float epsilon, const int64_t* slots,  \
+                                        T* keys, T* values, long tokens, long query_heads, long kv_heads, long dim,   \
+                                        long block_tokens) {                                                          \
+    rotary_write<T>(qkv, scales, bias, cos, sin, query_norm, key_norm, epsilon, slots, keys, values, tokens,          \
+                    {query_heads, kv_heads, dim}, block_tokens);                                                      \
+  }                                                                                                                   \
+  extern "C" void attention_##SUFFIX(const T* query, long query_stride, T* out, const T* keys, const T* values,       \
+                                     const int32_t* tables, const int32_t* contexts, long table_stride,               \
+                                     long sequences, long tokens, long block_tokens, long window, long query_heads,   \
+                                     long kv_heads, long dim, float scaling, float softcap, const float* sinks) {     \
+    attention<T>({query, query_stride, out, keys, values, tables, contexts, table_stride, sequences, tokens,          \
+                  block_tokens, window, {query_heads, kv_heads, dim}, scaling, softcap, sinks});                      \
+  }
+
+EXPORT(float, float32)
+EXPORT(Bf16, bfloat16)
