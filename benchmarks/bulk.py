@@ -25,7 +25,7 @@ from producer.client import Producer
 
 PROMISE = Promise("bulk throughput at least 5 times plain Celery's", at_least=5.0)
 _QUESTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
-_THREADS = 72  # what a Headrace worker for echo has: slots + 8
+_THREADS = 72  # as in every measurement so far; a Headrace worker for echo had as many at first
 _POLL_SECONDS = 0.02
 _POOLS = {"threads": _THREADS, "prefork": 2}
 

@@ -62,11 +62,18 @@ class PlainCelery:
         )
         try:
             os.environ |= {name: environment[name] for name in environment if name.startswith("PLAIN_")}
+            self._forget_other_servers()
             self._await_worker()
             yield
         finally:
             worker.terminate()
             worker.wait()
+
+    def _forget_other_servers(self) -> None:
+        """The client's Celery application reads its servers when it is imported, perhaps for an earlier benchmark."""
+        module = sys.modules.get("benchmarks.plain_celery")
+        if module is not None and module.app.conf.broker_url != self.broker_url:
+            del sys.modules["benchmarks.plain_celery"]
 
     def _make_table(self) -> None:
         with psycopg.connect(self.database_url, autocommit=True) as connection:

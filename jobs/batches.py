@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from jobs.database import Database
 from jobs.errors import NotFound
 from jobs.ids import line_id
 from jobs.schema import Job, JobError, JobRequest
 from jobs.states import BatchState, State
-from jobs.store import END_WAITING_ROWS, SELECT_JOB, STOP_RUNNING_ROWS, job_of
+from jobs.store import END_WAITING_ROWS, STOP_RUNNING_ROWS, job_of
 from jobs.tables import LOCAL_TENANT
 
 READ_LINES = 500
@@ -82,6 +82,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Page:
+    """Some consecutive lines of a batch of which all have ended. Its jobs lack cost and timings: no output has them."""
+
+    jobs: list[Job]
+    last: int  # line, the page's last one, whether or not it became a job
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a batch came to. Seconds, tokens, dollars."""
 
@@ -107,23 +115,23 @@ class Batches:
     def open(self, batch_id: UUID, source: dict[str, Any], tenant_id: str = LOCAL_TENANT) -> Batch:
         """Make the batch, or go on with it where it stands: a paused one runs again."""
         fields = {"id": batch_id, "tenant": tenant_id, "source": orjson.dumps(source).decode()}
-        self.database.run(lambda c: c.execute(_OPEN, fields), single=True)
-        self.database.run(lambda c: c.execute(_RESUME, fields), single=True)
+        self.database.rows(_OPEN, fields)
+        self.database.rows(_RESUME, fields)
         return self.get(batch_id, tenant_id)
 
     def get(self, batch_id: UUID, tenant_id: str = LOCAL_TENANT) -> Batch:
         """The batch. Raises NotFound."""
         fields = {"id": batch_id, "tenant": tenant_id}
-        row = self.database.run(lambda c: c.execute(_GET, fields).one_or_none(), single=True)
+        row = self.database.row(_GET, fields)
         if row is None:
             raise NotFound(f"no batch {batch_id}")
-        return Batch(**(dict(row._mapping) | {"state": BatchState(row.state)}))  # noqa: SLF001
+        return Batch(**(row._asdict() | {"state": BatchState(row.state)}))
 
     def known(self, batch_id: UUID, custom_ids: Sequence[str]) -> set[str]:
         """Which of these belong to lines, good or bad, of an earlier chunk of the batch."""
         jobs = [line_id(batch_id, custom_id) for custom_id in custom_ids]
         fields = {"id": batch_id, "jobs": jobs, "custom_ids": list(custom_ids)}
-        return set(self.database.run(lambda c: c.execute(_KNOWN, fields).scalars().all(), single=True))
+        return {row.custom_id for row in self.database.rows(_KNOWN, fields)}
 
     def take_in(
         self,
@@ -168,62 +176,50 @@ class Batches:
     def cancel(self, batch_id: UUID) -> None:
         """Rows that wait end at once, running ones are stopped by their workers. May be repeated."""
         self._set(batch_id, BatchState.CANCELLED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
-        self.database.run(lambda c: c.execute(STOP_RUNNING_ROWS, {"id": batch_id}), single=True)
+        self.database.rows(STOP_RUNNING_ROWS, {"id": batch_id})
         some = {"id": batch_id, "limit": CANCEL_ROWS}
-        while self.database.run(lambda c: c.execute(END_WAITING_ROWS, some).first()) is not None:
+        while self.database.rows(END_WAITING_ROWS, some):
             pass
 
     def _set(self, batch_id: UUID, state: BatchState, allowed: Sequence[BatchState]) -> None:
         fields = {"id": batch_id, "state": str(state), "allowed": [str(one) for one in allowed]}
-        self.database.run(lambda c: c.execute(_SET_STATE, fields), single=True)
+        self.database.rows(_SET_STATE, fields)
 
     def progress(self, batch_id: UUID) -> Progress:
         """Rows by state."""
-        rows = self.database.run(lambda c: c.execute(_PROGRESS, {"id": batch_id}).all(), single=True)
+        rows = self.database.rows(_PROGRESS, {"id": batch_id})
         counts = {row.state: row.rows for row in rows}
         rejected = counts.pop("rejected", 0)
         return Progress({State(name): rows for name, rows in counts.items()}, rejected)
 
     def models(self, batch_id: UUID) -> list[str]:
         """Models that rows of the batch still wait for."""
-        fields = {"id": batch_id}
-        return list(self.database.run(lambda c: c.execute(_MODELS, fields).scalars().all(), single=True))
+        return [row.model for row in self.database.rows(_MODELS, {"id": batch_id})]
 
     def summary(self, batch_id: UUID) -> Summary:
         """What it came to so far."""
-        row = self.database.run(lambda c: c.execute(_SUMMARY, {"id": batch_id}).one(), single=True)
-        return Summary(**row._mapping)  # noqa: SLF001
+        return Summary(**self.database.row(_SUMMARY, {"id": batch_id})._asdict())
 
     def samples(self, batch_id: UUID, count: int) -> list[tuple[JobRequest, str]]:
         """The first requests of the input that succeeded, each with its first answer."""
-        fields = {"id": batch_id, "limit": count}
-        rows = self.database.run(lambda c: c.execute(_SAMPLES, fields).all(), single=True)
+        rows = self.database.rows(_SAMPLES, {"id": batch_id, "limit": count})
         return [(JobRequest.model_validate(row.request), row.choices[0]["text"]) for row in rows]
 
-    def outputs(self, batch_id: UUID) -> Iterator[Job]:
-        """Every ended job of the batch in the order of its input, in constant memory."""
-        return map(job_of, self._by_lines(_OUTPUTS, batch_id))
+    # Some lines at a time: an index finds them however long the batch is and whatever the planner knows of it. A cursor
+    # over a million rows sorted them first, in one statement that a timeout ends; nor could it go on after a fault.
 
-    def rejected(self, batch_id: UUID) -> Iterator[Rejection]:
-        """The lines that became no job, in order, in constant memory."""
-        for row in self._by_lines(_REJECTED, batch_id):
-            error = dict(row.error)
-            yield Rejection(
-                row.line, row.custom_id, JobError(code=error["code"], message=error["message"]), error["field"]
-            )
+    def outputs(self, batch_id: UUID, after: int) -> Page | None:
+        """The jobs of the next lines in the order of the input; None: some have not ended. The input has to be in."""
+        last = after + READ_LINES
+        fields = {"id": batch_id, "after": after, "last": last}
+        if self.database.rows(_UNFINISHED, fields):
+            return None
+        return Page([job_of(row) for row in self.database.rows(_OUTPUTS, fields)], last)
 
-    def _by_lines(self, statement: Any, batch_id: UUID) -> Iterator[Row[Any]]:
-        """Some lines at a time: an index finds them however long the batch is and whatever the planner knows of it.
-
-        A cursor over a million rows sorted them first, in one statement that a timeout ends; nor could it go on
-        after a fault.
-        """
-        lines = self.database.run(lambda c: c.execute(_LINES, {"id": batch_id}).scalar_one(), single=True)
-        for after in range(0, lines, READ_LINES):
-            yield from self._page(statement, {"id": batch_id, "after": after, "last": after + READ_LINES})
-
-    def _page(self, statement: Any, fields: dict[str, Any]) -> Sequence[Row[Any]]:
-        return self.database.run(lambda c: c.execute(statement, fields).all(), single=True)
+    def rejected(self, batch_id: UUID, after: int) -> list[Rejection]:
+        """The next lines that became no job, in order; none are left if there are none."""
+        fields = {"id": batch_id, "after": after, "limit": READ_LINES}
+        return [_rejection_of(row) for row in self.database.rows(_REJECTED, fields)]
 
 
 def _job_row(batch: Batch, line: Line) -> tuple[Any, ...]:
@@ -250,21 +246,26 @@ def _deadlines(batch: Batch, lines: Sequence[Line]) -> dict[str, list[Any]]:
 
 
 def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
-    request = line.request
+    request, payload = line.request, line.request.payload()
     return (
         line_id(batch.id, line.custom_id),
         batch.tenant_id,
         line.custom_id,
         line.endpoint,
-        request.payload(),
+        payload,
         request.metadata_payload(),
-        request.digest(),
+        request.digest(payload),
     )
 
 
 def _rejection_row(batch: Batch, rejection: Rejection) -> tuple[Any, ...]:
     error = {"code": rejection.error.code, "message": rejection.error.message, "field": rejection.field}
     return (batch.id, rejection.number, batch.tenant_id, rejection.custom_id, orjson.dumps(error).decode())
+
+
+def _rejection_of(row: Any) -> Rejection:
+    error = JobError(code=row.error["code"], message=row.error["message"])
+    return Rejection(row.line, row.custom_id, error, row.error["field"])
 
 
 def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -348,17 +349,25 @@ WHERE j.batch_id = :id
 """)
 
 _SAMPLES = text("""
+WITH first AS MATERIALIZED (
+    SELECT id, line FROM jobs WHERE batch_id = :id AND state = 'succeeded' ORDER BY line LIMIT :limit
+)
 SELECT p.request, r.choices
-FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
-WHERE j.batch_id = :id AND j.state = 'succeeded' ORDER BY j.line LIMIT :limit
+FROM first f JOIN payloads p ON p.job_id = f.id JOIN results r ON r.job_id = f.id ORDER BY f.line
 """)
 
-_LINES = text("SELECT input_lines FROM batches WHERE id = :id")
+_UNFINISHED = text("""
+SELECT 1 FROM jobs WHERE batch_id = :id AND line > :after AND line <= :last AND finished_at IS NULL LIMIT 1
+""")
 
-_OUTPUTS = text(f"""{SELECT_JOB}
-WHERE j.batch_id = :id AND j.line > :after AND j.line <= :last AND j.finished_at IS NOT NULL ORDER BY j.line
+# What a line of the output is made of.
+_OUTPUTS = text("""
+SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.finished_at,
+       j.batch_id, j.line, p.custom_id, p.endpoint, p.metadata, r.choices, r.usage, r.error, r.served_by
+FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
+WHERE j.batch_id = :id AND j.line > :after AND j.line <= :last ORDER BY j.line
 """)
 
 _REJECTED = text("""
-SELECT line, custom_id, error FROM rejections WHERE batch_id = :id AND line > :after AND line <= :last ORDER BY line
+SELECT line, custom_id, error FROM rejections WHERE batch_id = :id AND line > :after ORDER BY line LIMIT :limit
 """)

@@ -5,6 +5,7 @@ Interactive: the message names one job, and its task id is the job's id. Bulk: i
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -39,6 +40,9 @@ _BREAK_SECONDS = 2.0
 _SOCKET_SECONDS = 1.0
 # Kombu wraps what fails while it connects; what fails later comes as the driver raised it.
 _UNREACHABLE = (OSError, OperationalError, redis.RedisError)
+# That a message went out is noted this much later, for all that went out meanwhile: most rows have started by then and
+# need no note, and none is written to while its worker claims it. Less than `REPUBLISH_SECONDS`.
+_NOTE_SECONDS = 0.5
 # Kombu's Redis transport folds priorities 0-9 into these steps, each a list of its own.
 _PRIORITY_STEPS = [0, 3, 6, 9]
 
@@ -100,6 +104,7 @@ class Dispatcher:
         self._broken_until = 0.0
         self._sent: list[UUID] = []
         self._sent_lock = threading.Lock()
+        self._noting: threading.Timer | None = None
 
     def publish(self, jobs: Sequence[Waiting], wait_seconds: float | None = None) -> bool:
         """Send one message per job. False: not within the time; the rows are safe and will be published later."""
@@ -120,6 +125,10 @@ class Dispatcher:
         """Note what was sent, and let go of the broker."""
         self._thread.shutdown(wait=True)
         self._drop()
+        if self._noting is not None:
+            self._noting.cancel()
+            self._noting.join()
+        self._note_sent()
 
     # -- in the thread ------------------------------------------------------------------------------------------
 
@@ -153,14 +162,18 @@ class Dispatcher:
             first = not self._sent
             self._sent += [job.id for job in jobs]
         if first:
-            # Queued behind this call, so that its caller does not wait; what is sent meanwhile rides along.
-            self._thread.submit(self._note_sent)
+            self._noting = threading.Timer(_NOTE_SECONDS, self._note_sent)
+            self._noting.daemon = True
+            self._noting.start()
+
+    # -- after it -----------------------------------------------------------------------------------------------
 
     def _note_sent(self) -> None:
         with self._sent_lock:
             ids, self._sent = self._sent, []
         try:
-            self._mark_published(ids)
+            if ids:
+                self._mark_published(ids)
         except StoreUnavailable:
             log.warning("could not note %d published jobs; they may be published again", len(ids))
 
@@ -184,7 +197,10 @@ class Dispatcher:
     def _open(self) -> Producer:
         if self._producer is None:
             self._connection = self._app.connection_for_write()
-            self._producer = Producer(self._connection.channel())
+            channel = self._connection.channel()
+            # Kombu makes a new redis-py client for each message, which takes longer than sending it.
+            channel._create_client = functools.cache(channel._create_client)  # noqa: SLF001
+            self._producer = Producer(channel)
         return self._producer
 
     def _drop(self) -> None:

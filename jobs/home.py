@@ -158,10 +158,8 @@ def connected_settings(settings: Settings | None = None) -> Settings:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """What one of our programs needs, besides the environment it inherits, to see these settings. Has passwords."""
-    # The tables of models may come from a stack's record instead of a file. Safe path: a folder `jobs` or `models`
-    # where the user happens to stand is none of our packages.
-    more = {"HEADRACE_MODELS": json.dumps(settings.models), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    return settings.environment() | more
+    # Safe path: a folder `jobs` or `models` where the user happens to stand is none of our packages.
+    return settings.environment() | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _no_stack(home: Home) -> str:

@@ -60,7 +60,7 @@ class Leases:
     def register(self, worker_id: UUID, *, model: str, host: str, pid: int, slots: int, info: str) -> None:
         """A new incarnation, live from now on. `info` is JSON: what its engine says of itself."""
         fields = {"id": worker_id, "model": model, "host": host, "pid": pid, "slots": slots, "info": info}
-        self.database.run(lambda c: c.execute(_REGISTER, fields | self._lease), single=True)
+        self.database.rows(_REGISTER, fields | self._lease)
 
     def renew(self, worker_id: UUID, load: Load, held: Sequence[UUID]) -> Renewal:
         """Prove life. `held` are the tokens the worker holds or may hold; its other rows are given back.
@@ -94,12 +94,12 @@ class Leases:
 
     def _set(self, worker_id: UUID, state: WorkerState) -> None:
         fields = {"id": worker_id, "state": str(state)}
-        self.database.run(lambda c: c.execute(_SET_STATE, fields), single=True)
+        self.database.rows(_SET_STATE, fields)
 
     def list(self, *, live: bool = True) -> list[Worker]:
         """Workers, the newest first; `live`: only those whose lease runs."""
-        rows = self.database.run(lambda c: c.execute(_LIST, {"live": live}).all(), single=True)
-        return [Worker(**(dict(row._mapping) | {"state": WorkerState(row.state)})) for row in rows]  # noqa: SLF001
+        rows = self.database.rows(_LIST, {"live": live})
+        return [Worker(**(row._asdict() | {"state": WorkerState(row.state)})) for row in rows]
 
     @property
     def _lease(self) -> dict[str, float]:

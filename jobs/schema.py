@@ -250,10 +250,11 @@ class JobRequest(Frozen):
         """The metadata as stored beside the payload: JSON text, None if there are none."""
         return orjson.dumps(self.metadata).decode() if self.metadata else None
 
-    def digest(self) -> bytes:
-        """Tells two requests apart: SHA-256 of the payload without its idempotency key."""
-        body = self.model_dump_json(exclude_defaults=True, exclude={"idempotency_key"})
-        return hashlib.sha256(body.encode()).digest()
+    def digest(self, payload: str | None = None) -> bytes:
+        """Tells two requests apart: SHA-256 of the payload without its idempotency key. A payload at hand is used."""
+        if self.idempotency_key is not None:
+            payload = self.model_dump_json(exclude_defaults=True, exclude={"idempotency_key"})
+        return hashlib.sha256((payload or self.payload()).encode()).digest()
 
 
 class TokenLogprob(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -126,6 +127,8 @@ class Settings(BaseSettings):
         """These settings as variables, for a child process that has to see the same ones. Contains passwords."""
         plain = self.model_dump(mode="json", exclude={"models"}, exclude_none=True)
         variables = {PREFIX + name.upper(): str(value) for name, value in plain.items()}
+        if self.models:  # they may come from a stack's record instead of a file
+            variables[f"{PREFIX}MODELS"] = json.dumps(self.models)
         path = config_path()
         return variables if path is None else variables | {CONFIG_VARIABLE: str(path.absolute())}
 

@@ -12,9 +12,9 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, TextClause, text
 
-from jobs.database import Database
+from jobs.database import Database, Execute
 from jobs.errors import IdempotencyConflict, NotFound
 from jobs.schema import Choice, Job, JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome, Lane, State
@@ -33,7 +33,12 @@ class Accepted:
 
     id: UUID
     state: State
-    created: bool  # False: the same request was accepted before
+    job: Job | None  # as it was committed; None: the same request was accepted before
+
+    @property
+    def created(self) -> bool:
+        """Whether it is new."""
+        return self.job is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,7 @@ class Store:
 
         Raises IdempotencyConflict if id or key stand for another request.
         """
+        payload = request.payload()
         fields = {
             "id": job_id,
             "tenant": tenant_id,
@@ -151,17 +157,14 @@ class Store:
             "key": request.idempotency_key,
             "conversation": request.conversation,
             "turn": None,
-            "request": request.payload(),
+            "request": payload,
             "metadata": request.metadata_payload(),
-            "digest": request.digest(),
+            "digest": request.digest(payload),
         }
-        if request.conversation is None:
-            created = self.database.run(lambda c: c.execute(_ACCEPT, fields).one_or_none(), single=True)
-        else:
-            created = self._accept_turn(fields)
-        if created is not None:
-            return Accepted(job_id, State(created.state), created=True)
-        return self._accepted_before(fields)
+        created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
+        if created is None:
+            return self._accepted_before(fields)
+        return Accepted(job_id, State(created.state), _accepted_job(fields, request, created))
 
     def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
         try:
@@ -170,15 +173,15 @@ class Store:
             return None
 
     def _accepted_before(self, fields: dict[str, Any]) -> Accepted:
-        row = self.database.run(lambda c: c.execute(_FIND_SAME, fields).first(), single=True)
+        row = self.database.row(_FIND_SAME, fields)
         if row is None or row.digest != fields["digest"]:
             name = "idempotency_key" if fields["key"] else "id"
             raise IdempotencyConflict(f"{name}: was used before with another request")
-        return Accepted(row.id, State(row.state), created=False)
+        return Accepted(row.id, State(row.state), None)
 
     def mark_published(self, ids: Sequence[UUID]) -> None:
         """Note that a message went out for these jobs."""
-        self.database.run(lambda c: c.execute(_MARK_PUBLISHED, {"ids": list(ids)}), relaxed=True, single=True)
+        self.database.rows(_MARK_PUBLISHED, {"ids": list(ids)}, relaxed=True)
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -190,32 +193,39 @@ class Store:
         """Take up to `len(tokens)` rows of the route's open batches, tenants in turn, by priority and line."""
         return self._claim(_CLAIM_BULK, worker_id, tokens, model=model, limit=len(tokens))
 
-    def _claim(self, statement: Any, worker_id: UUID, tokens: Sequence[UUID], **which: Any) -> list[Claim]:
+    def _claim(self, statement: TextClause, worker_id: UUID, tokens: Sequence[UUID], **which: Any) -> list[Claim]:
         fields = which | {"worker": worker_id, "tokens": list(tokens)}
         again = False
 
-        def work(connection: Connection) -> Sequence[Row[Any]]:
+        def work(execute: Execute) -> list[Any]:
             # An earlier try may have been committed although its reply was lost: read it back by its tokens.
             nonlocal again
-            rows = connection.execute(_HELD, fields).all() if again else ()
+            rows = execute(_HELD, fields) if again else []
             again = True
-            return rows or connection.execute(statement, fields).all()
+            return rows or execute(statement, fields)
 
-        return [_claim_of(row) for row in self.database.run(work, relaxed=True, single=True)]
+        return [_claim_of(row) for row in self.database.single(work, relaxed=True)]
 
     def settle(self, settlements: Sequence[Settlement]) -> Settled:
-        """End or requeue many attempts in one transaction: state, result, ledger row, attempt, next turn's release.
+        """End or requeue many attempts: each whole or not at all, with its result, ledger row and next turn's release.
 
         A job whose cancel was asked for is cancelled instead of requeued. What is not held under its token any more
-        is left alone and missing from `done`.
+        is left alone and missing from `done`. May be repeated.
         """
-        return self.database.run(lambda c: _settle(c, settlements))
+        # Nearly all of them are ends that release no turn: one statement is their transaction, one round trip.
+        ending = [s for s in settlements if not s.requeues]
+        done = {row.id for row in self.database.rows(_END_ALONE, _document(ending))} if ending else set()
+        rest = [s for s in settlements if s.id not in done]
+        if not rest:
+            return Settled(frozenset(done))
+        settled = self.database.run(lambda c: _settle(c, rest))
+        return replace(settled, done=settled.done | done)
 
     def history(self, tenant_id: str, conversation: str, before_turn: int) -> list[dict[str, str]]:
         """The messages of the turns before, oldest first; turns that did not succeed are left out."""
         fields = {"tenant": tenant_id, "conversation": conversation, "turn": before_turn}
         messages: list[dict[str, str]] = []
-        for row in self.database.run(lambda c: c.execute(_HISTORY, fields).all(), single=True):
+        for row in self.database.rows(_HISTORY, fields):
             messages += row.request["messages"]
             messages.append({"role": "assistant", "content": row.choices[0]["text"]})
         return messages
@@ -238,14 +248,14 @@ class Store:
 
     def models_waiting(self) -> list[str]:
         """Models with queued interactive jobs."""
-        return list(self.database.run(lambda c: c.execute(_MODELS_WAITING).scalars().all(), single=True))
+        return [row.model for row in self.database.rows(_MODELS_WAITING)]
 
     # -- looks --------------------------------------------------------------------------------------------------
 
     def get(self, job_id: UUID, tenant_id: str = LOCAL_TENANT) -> Job:
         """The job. Raises NotFound."""
         fields = {"id": job_id, "tenant": tenant_id}
-        row = self.database.run(lambda c: c.execute(_GET, fields).one_or_none(), single=True)
+        row = self.database.row(_GET, fields)
         if row is None:
             raise NotFound(f"no job {job_id}")
         return job_of(row)
@@ -271,7 +281,7 @@ class Store:
             "before": before,
             "limit": limit,
         }
-        return [job_of(row) for row in self.database.run(lambda c: c.execute(_LIST, fields).all(), single=True)]
+        return [job_of(row) for row in self.database.rows(_LIST, fields)]
 
 
 # == how ========================================================================================================
@@ -291,6 +301,24 @@ def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
     if created is None:  # the same key came in at the same time
         raise _AcceptedBefore
     return created
+
+
+def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> Job:
+    """Built, not read back: what the database has added is in `created`."""
+    return Job(
+        id=fields["id"],
+        tenant_id=fields["tenant"],
+        state=State(created.state),
+        model=request.model,
+        lane=Lane.INTERACTIVE,
+        priority=request.priority,
+        attempts=0,
+        max_attempts=fields["max_attempts"],
+        created_at=created.created_at,
+        conversation=request.conversation,
+        turn=created.turn,
+        metadata=request.metadata,
+    )
 
 
 def _settle(connection: Connection, settlements: Sequence[Settlement]) -> Settled:
@@ -322,7 +350,7 @@ def _document(settlements: Sequence[Settlement]) -> dict[str, str]:
 
 
 def _record(settlement: Settlement) -> dict[str, Any]:
-    usage = settlement.usage.model_dump()
+    usage, timings = dict(settlement.usage), dict(settlement.timings)
     return {
         "id": settlement.id,
         "token": settlement.token,
@@ -331,7 +359,7 @@ def _record(settlement: Settlement) -> dict[str, Any]:
         "choices_text": orjson.dumps([choice.stored() for choice in settlement.choices]).decode(),
         "error_text": settlement.error and settlement.error.model_dump_json(),
         "usage": usage,
-        "timings": settlement.timings.model_dump(),
+        "timings": timings,
         "served_by": settlement.served_by,
         "busy_seconds": settlement.timings.busy_seconds,
         "token_dollars": str(settlement.token_dollars),
@@ -398,7 +426,7 @@ def _release_turns(connection: Connection, ended: Sequence[Row[Any]]) -> tuple[W
     return tuple(Waiting(r.id, r.model, r.priority) for r in connection.execute(_RELEASE_TURNS, fields))
 
 
-def _claim_of(row: Row[Any]) -> Claim:
+def _claim_of(row: Any) -> Claim:
     return Claim(
         id=row.id,
         token=row.token,
@@ -416,14 +444,14 @@ def _claim_of(row: Row[Any]) -> Claim:
     )
 
 
-def job_of(row: Row[Any]) -> Job:
-    """A Job from a row of `SELECT_JOB`."""
-    fields = dict(row._mapping)  # noqa: SLF001 - the public name of a row's mapping in SQLAlchemy
-    priced = fields.pop("busy_seconds"), fields.pop("token_dollars"), fields.pop("machine_dollars")
+def job_of(row: Any) -> Job:
+    """A Job from a row of `_SELECT_JOB`, or of some of its columns."""
+    fields = row._asdict()
+    cost = {name: fields.pop(name, None) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
     fields["choices"] = fields["choices"] or ()
-    if priced[1] is not None:
-        fields["cost"] = dict(zip(("busy_seconds", "token_dollars", "machine_dollars"), priced, strict=True))
+    if cost["token_dollars"] is not None:
+        fields["cost"] = cost
     return Job.model_validate(fields)
 
 
@@ -442,12 +470,12 @@ WITH created AS (
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
             CAST(:turn AS integer))
     ON CONFLICT DO NOTHING
-    RETURNING id, state
+    RETURNING id, state, turn, created_at
 ), payload AS (
     INSERT INTO payloads (job_id, tenant_id, request, metadata, digest)
     SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), :digest FROM created
 )
-SELECT state FROM created
+SELECT state, turn, created_at FROM created
 """)
 
 _FIND_SAME = text("""
@@ -520,7 +548,7 @@ SELECT {_CLAIMED_COLUMNS}, payloads.request::text AS request FROM jobs j JOIN pa
 WHERE j.worker_id = :worker AND j.state = 'running' AND j.token = ANY(:tokens)
 """)  # noqa: S608
 
-_SETTLEMENTS = """
+_INPUT = """
 input AS (
     SELECT i.*, choices_text::json AS choices, error_text::json AS error
     FROM json_to_recordset(CAST(:settlements AS json)) AS i (
@@ -528,13 +556,16 @@ input AS (
         prompt_tokens integer, cached_tokens integer, completion_tokens integer, busy_seconds double precision,
         token_dollars numeric, machine_dollars numeric, delay double precision, charged boolean
     )
-), held AS (
-    -- locked in one order, so that two transactions never wait for each other
-    SELECT i.*, i.outcome AS attempt_outcome, j.cancel_requested_at
-    FROM input i JOIN jobs j ON j.id = i.id AND j.token = i.token
-    ORDER BY j.id FOR UPDATE OF j
 )
 """
+
+_INPUT_HELD = """
+    SELECT i.*, i.outcome AS attempt_outcome, j.cancel_requested_at
+    FROM input i JOIN jobs j ON j.id = i.id AND j.token = i.token
+"""
+
+# Locked in one order, so that two transactions never wait for each other.
+_SETTLEMENTS = f"{_INPUT}, held AS ({_INPUT_HELD} ORDER BY j.id FOR UPDATE OF j)"
 
 # From `ended`: the result, the bill and the attempt's end.
 _TAIL = """
@@ -571,6 +602,13 @@ ended AS (
 
 _END_HELD = text(f"""
 WITH {_SETTLEMENTS}, {_END} {_TAIL}
+""")
+
+# Those that are no turn of a conversation. What is left over takes the longer way.
+_END_ALONE = text(f"""
+WITH {_INPUT}, held AS (
+    {_INPUT_HELD} WHERE j.conversation IS NULL ORDER BY j.id FOR UPDATE OF j
+), {_END} {_TAIL}
 """)
 
 _REQUEUE = text(f"""
@@ -710,8 +748,9 @@ WHERE b.state = 'running' AND b.source ->> 'kind' = 'submit_many'
 
 _TO_PUBLISH = text("""
 WITH overtaken AS (
-    SELECT model, priority, max(published_at) AS published_at FROM jobs
-    WHERE lane = 'interactive' AND started_at > now() - interval '60 s' AND published_at IS NOT NULL
+    -- A row that starts at once never learns when its message went out: not before it could start, so that will do.
+    SELECT model, priority, max(coalesce(published_at, run_after)) AS published_at FROM jobs
+    WHERE lane = 'interactive' AND started_at > now() - interval '60 s' AND run_after <= started_at
     GROUP BY model, priority
 ), due AS (
     SELECT j.id FROM jobs j LEFT JOIN overtaken o ON o.model = j.model AND o.priority = j.priority
@@ -753,7 +792,7 @@ WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.turn < :tur
 ORDER BY j.turn
 """)
 
-SELECT_JOB = """
+_SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
        j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
        p.endpoint, p.metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
@@ -764,9 +803,9 @@ LEFT JOIN results r ON r.job_id = j.id
 LEFT JOIN ledger l ON l.job_id = j.id
 """
 
-_GET = text(f"{SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
+_GET = text(f"{_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
 
-_LIST = text(f"""{SELECT_JOB}
+_LIST = text(f"""{_SELECT_JOB}
 WHERE j.tenant_id = :tenant
   AND (CAST(:states AS text[]) IS NULL OR j.state = ANY(CAST(:states AS text[])))
   AND (CAST(:model AS text) IS NULL OR j.model = :model)

@@ -146,7 +146,7 @@ class Catalog:
 
 def _built_ins() -> dict[str, Mapping[str, Any]]:
     return {
-        "echo": {"engine": "echo", "slots": 64},
+        "echo": {"engine": "echo", "slots": 256},
         # float32: a CPU computes it 1.3 to 1.7 times as fast as the bfloat16 it is stored in; the texts are equal.
         "tiny-chat": {"path": str(_tiny_chat_folder()), "dtype": "float32", "default_temperature": 0.0},
     }

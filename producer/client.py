@@ -13,7 +13,7 @@ from __future__ import annotations
 import builtins
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -36,7 +36,8 @@ from producer.validation import Validator
 # Without a word from Redis, a waiting call looks into Postgres this often.
 _LOOK_SECONDS = 0.2
 _LOOK_WITH_SIGNALS_SECONDS = 1.0
-_CHUNK_ROWS = 1000
+# So many jobs are known to be under way. What is older is looked for.
+_EXPECTED = 10_000
 
 
 class Producer:
@@ -83,9 +84,12 @@ class Producer:
             raise TypeError("submit takes a request or its fields, not both")
         checked = self.validator.check(request or JobRequest.parse(fields))
         accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
-        if accepted.created and accepted.state is State.QUEUED:
+        if accepted.job is None:
+            return self.get(accepted.id)
+        self._ears.expect(accepted.id)
+        if accepted.state is State.QUEUED:
             self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
-        return self.get(accepted.id)
+        return accepted.job
 
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
@@ -143,15 +147,20 @@ class Producer:
         """The job once it has ended, however it ended. Raises WaitTimeout; the job goes on then."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._ears.hearing(job_id) as heard:
+            if self._ears.expects(job_id):
+                heard.wait(self._until_look(deadline))
             while not (job := self.get(job_id)).state.final:
-                left = _LOOK_WITH_SIGNALS_SECONDS if self._ears.ready else _LOOK_SECONDS
-                if deadline is not None:
-                    left = min(left, deadline - time.monotonic())
-                    if left <= 0:
-                        raise WaitTimeout(f"job {job_id} is {job.state} after {timeout_seconds:g} s")
+                left = self._until_look(deadline)
+                if left <= 0:
+                    raise WaitTimeout(f"job {job_id} is {job.state} after {timeout_seconds:g} s")
                 if heard.wait(left):
                     heard.clear()
         return job
+
+    def _until_look(self, deadline: float | None) -> float:
+        """Seconds until a waiting call looks by itself."""
+        left = _LOOK_WITH_SIGNALS_SECONDS if self._ears.ready else _LOOK_SECONDS
+        return left if deadline is None else min(left, deadline - time.monotonic())
 
     def cancel(self, job_id: UUID) -> Job:
         """End a waiting job at once; have a running one stopped. A job that has ended stays as it is."""
@@ -173,7 +182,8 @@ class _Ears:
         self._waiting: dict[UUID, builtins.list[threading.Event]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._subscribed = threading.Event()
+        self._subscribed = _Subscribed(self._forget)
+        self._expected: dict[UUID, None] = {}  # accepted since we listen and not heard of, the oldest first
         self._thread: threading.Thread | None = None
 
     @property
@@ -192,8 +202,27 @@ class _Ears:
     def _listen(self) -> None:
         self._signals.listen(ENDED, self._wake, self._stop, self._subscribed)
 
+    def expect(self, job_id: UUID) -> None:
+        """This job has not ended yet."""
+        with self._lock:
+            if self.ready:
+                self._expected[job_id] = None
+            if len(self._expected) > _EXPECTED:
+                del self._expected[next(iter(self._expected))]
+
+    def expects(self, job_id: UUID) -> bool:
+        """Whether its end would have been heard, and was not: there is nothing to look for yet."""
+        with self._lock:
+            return job_id in self._expected
+
+    def _forget(self) -> None:
+        """What happened while nobody listened is not known."""
+        with self._lock:
+            self._expected.clear()
+
     def _wake(self, job_id: UUID) -> None:
         with self._lock:
+            self._expected.pop(job_id, None)
             for event in self._waiting.get(job_id, ()):
                 event.set()
 
@@ -201,6 +230,22 @@ class _Ears:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+
+
+class _Subscribed(threading.Event):
+    """Set while the subscription stands. Tells of each change, before a new one counts."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_change = on_change
+
+    def set(self) -> None:
+        self._on_change()
+        super().set()
+
+    def clear(self) -> None:
+        super().clear()
+        self._on_change()
 
 
 class _Hearing:

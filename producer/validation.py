@@ -31,6 +31,7 @@ class Validator:
         self._catalog = catalog_of(settings)
         self._max_prompt_bytes = settings.max_prompt_bytes
         self._unusable: dict[str, tuple[str, float]] = {}  # by model: why, and until when nothing is tried
+        self._formats: dict[str, PromptFormat] = {}  # by model; to ask with the whole spec costs a hash of it
 
     def check(self, request: JobRequest) -> JobRequest:
         """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
@@ -54,6 +55,12 @@ class Validator:
             raise RequestInvalid("model", str(error)) from None
 
     def _format(self, spec: ModelSpec) -> PromptFormat:
+        form = self._formats.get(spec.name)
+        if form is None:
+            form = self._formats[spec.name] = self._load_format(spec)
+        return form
+
+    def _load_format(self, spec: ModelSpec) -> PromptFormat:
         reason, until = self._unusable.get(spec.name, ("", 0.0))
         if time.monotonic() > until:
             try:

@@ -75,12 +75,12 @@ class Hands:
             self._changed.notify_all()
         return held
 
-    def drop(self, tokens: Sequence[UUID]) -> None:
-        """These are settled."""
+    def drop(self, tokens: Sequence[UUID]) -> list[Held]:
+        """These are settled; returns what was known of them."""
         with self._changed:
-            for token in tokens:
-                self._held.pop(token, None)
+            dropped = [self._held.pop(token, None) for token in tokens]
             self._changed.notify_all()
+        return [one for one in dropped if one is not None]
 
     def tokens(self) -> list[UUID]:
         """Everything held or reached for."""
@@ -286,8 +286,8 @@ class Host:
 
     def _announce(self, settlements: Sequence[Settlement], settled: Settled) -> None:
         """In the committer's thread: what was settled leaves our hands; then whoever waits is told."""
-        interactive = {one.claim.id: one.claim for one in self.hands.all() if one.claim.lane is Lane.INTERACTIVE}
-        self.hands.drop([settlement.token for settlement in settlements])
+        dropped = self.hands.drop([settlement.token for settlement in settlements])
+        interactive = {one.claim.id: one.claim for one in dropped if one.claim.lane is Lane.INTERACTIVE}
         done = [s for s in settlements if s.id in settled.done and s.id in interactive]
         self._signals.publish(ENDED, [s.id for s in done if not s.requeues])
         # What is given back need not wait until a sweeper misses its message.

@@ -314,12 +314,7 @@ def _ended(host: Host, held: Held, watcher: Watcher, tokenize_seconds: float, ev
         host.hands.drop([settlement.token])
         watcher.finished(Finished(settlement, counted=False))
         return
-    committed = host.committer.settle(settlement)
-    committed.add_done_callback(lambda done: watcher.finished(_outcome(settlement, done)))
-
-
-def _outcome(settlement: Settlement, done: Future[bool]) -> Finished:
-    return Finished(settlement, counted=done.exception() is None and done.result())
+    host.committer.settle(settlement, lambda counted: watcher.finished(Finished(settlement, counted)))
 
 
 def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float) -> Settlement:

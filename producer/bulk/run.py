@@ -21,7 +21,7 @@ from producer.bulk.errors import BulkError, BulkPaused, BulkRefused
 from producer.bulk.options import BulkOptions
 from producer.bulk.reading import LineReader, RawLine, chunks
 from producer.bulk.sidecar import Link, Sidecar, digest
-from producer.bulk.writing import write
+from producer.bulk.writing import Handover
 from producer.client import Producer
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ Phase = Literal["reading", "running", "writing"]
 
 SAMPLES = 8
 
-_TELL_SECONDS = 0.1
+_NAP_SECONDS = 0.03
 # Counting the rows of a long batch takes Postgres a while: it does so for at most a twentieth of the time.
 _LOOK_MAX_SECONDS = 10.0
 _LOOK_FACTOR = 20
@@ -121,12 +121,12 @@ class BulkRun:
         self._on_progress, self._serve = on_progress, serve
         try:
             self._take_in()
-            self._wait()
-            return self._hand_over(started)
+            with self._handover() as handover:
+                self._wait(handover)
+                self._hand_over(handover)
+            return self._finish(started)
         except _Pausing:
             raise self._paused() from None
-        except BulkError:
-            raise
         except StoreUnavailable:
             raise BulkError(_STORE_AWAY) from None
         except Exception:
@@ -230,13 +230,18 @@ class BulkRun:
 
     def _check_whole(self) -> None:
         """A chunk that does not fit onto what was committed changes nothing: the batch was cancelled meanwhile."""
-        committed = self._steadily(lambda: self._batches.get(self.batch_id, self._producer.tenant_id)).input_offset
-        if committed != self._link.input_bytes:
+        self._batch = self._steadily(lambda: self._batches.get(self.batch_id, self._producer.tenant_id))
+        if self._batch.input_offset != self._link.input_bytes:
             raise BulkError(f"batch {self.batch_id} was cancelled, or {self.options.input} was changed meanwhile")
 
     # -- wait ---------------------------------------------------------------------------------------------------
 
-    def _wait(self) -> None:
+    def _handover(self) -> Handover:
+        options = self.options
+        return Handover(self._batches, self.batch_id, self._batch.input_lines, options.output, options.errors_path)
+
+    def _wait(self, handover: Handover) -> None:
+        """Until every row has ended, writing down what has."""
         self._phase = "running"
         self._look()
         if self._seen.total == 0:
@@ -244,8 +249,16 @@ class BulkRun:
             self._sidecar.remove()
             raise BulkRefused(f"{self.options.input}: holds no request")
         while self._seen.ended < self._seen.total:
-            self._nap(_TELL_SECONDS)
+            self._nap(_NAP_SECONDS)
             self._look_or_tell()
+            self._write_pages(handover)
+            if handover.complete:
+                self._look()
+
+    def _write_pages(self, handover: Handover) -> None:
+        while self._steadily(handover.write_page):
+            self._check_pause()
+            self._tell()
 
     def _look_or_tell(self) -> None:
         if time.monotonic() >= self._next_look:
@@ -271,13 +284,13 @@ class BulkRun:
 
     # -- hand over ----------------------------------------------------------------------------------------------
 
-    def _hand_over(self, started: float) -> BulkReport:
+    def _hand_over(self, handover: Handover) -> None:
         self._phase = "writing"
         self._tell()
-        options = self.options
-        self._steadily(
-            lambda: write(self._batches, self.batch_id, options.output, options.errors_path, self._tell_or_pause)
-        )
+        self._write_pages(handover)
+        self._steadily(handover.put_in_place)
+
+    def _finish(self, started: float) -> BulkReport:
         report = self._steadily(lambda: self._report(started))
         self._steadily(lambda: self._batches.finish(self.batch_id))
         self._sidecar.remove()
@@ -301,10 +314,6 @@ class BulkRun:
             machine_dollars=summary.machine_dollars,
             samples=[(_question(request), answer) for request, answer in samples],
         )
-
-    def _tell_or_pause(self) -> None:
-        self._check_pause()
-        self._tell()
 
     # -- pause, faults ------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 import jobs.database
 from jobs.batches import Batches
@@ -72,10 +72,13 @@ def transactions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every try of a transaction: one more than asked for means that one failed and was tried again."""
     tries: list[object] = []
 
-    def counted(engine: Engine, work: Callable[[Connection], object]) -> object:
-        tries.append(work)
-        return once(engine, work)
+    def counted(once: Callable[[Engine, object], object]) -> Callable[[Engine, object], object]:
+        def count(engine: Engine, work: object) -> object:
+            tries.append(work)
+            return once(engine, work)
 
-    once = jobs.database._transaction
-    monkeypatch.setattr(jobs.database, "_transaction", counted)
+        return count
+
+    for kind in ("_transaction", "_single"):
+        monkeypatch.setattr(jobs.database, kind, counted(getattr(jobs.database, kind)))
     return tries

@@ -15,7 +15,7 @@ import jobs.batches
 from jobs.batches import Batch, Batches, Line, Progress, Rejection
 from jobs.errors import NotFound
 from jobs.ids import line_id, new_id
-from jobs.schema import JobError, Usage
+from jobs.schema import Job, JobError, Usage
 from jobs.states import BatchState, Lane, State
 from jobs.store import Claim, Store
 from kit.contract import Tables, Worker, request_of, settlement
@@ -103,7 +103,7 @@ def test_take_in(store: Store, batches: Batches, batch: Batch, tables: Tables) -
     assert (job.max_attempts, job.batch_id, job.custom_id, job.metadata) == (9, batch.id, "of my own", {"a": "b"})
     assert tables.value("SELECT request::text FROM payloads") == asked.payload()
     assert (batches.get(batch.id).input_offset, batches.get(batch.id).input_lines) == (321, 4)
-    assert list(batches.rejected(batch.id)) == [rejection(4, "bad one")]
+    assert batches.rejected(batch.id, 0) == [rejection(4, "bad one")]
 
 
 def test_take_in_twice(batches: Batches, batch: Batch, tables: Tables) -> None:
@@ -357,39 +357,51 @@ def test_summary_of_nothing(batches: Batches, batch: Batch) -> None:
     assert summary.first_started_at is None
 
 
+def outputs(batches: Batches, batch: Batch) -> list[Job]:
+    """Every page, to the last line."""
+    jobs: list[Job] = []
+    after, lines = 0, batches.get(batch.id).input_lines
+    while after < lines:
+        page = batches.outputs(batch.id, after)
+        assert page is not None
+        jobs += page.jobs
+        after = page.last
+    return jobs
+
+
 @pytest.mark.parametrize("page", [1, 3, 5, 10, 500])
 def test_outputs(page: int, batches: Batches, batch: Batch, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every ended row comes out once in the order of the input, and every bad line, whatever is read at a time."""
     monkeypatch.setattr(jobs.batches, "READ_LINES", page)
     run_some(batches, batch, worker)
-    ended = list(batches.outputs(batch.id))
-    assert [job.line for job in ended] == [1, 2, 3, 5, 6, 7]
-    assert [job.state == "succeeded" for job in ended] == [True, True, False, True, True, True]
-    assert [bad.number for bad in batches.rejected(batch.id)] == [4, 9]
+    for claim in worker.claim_bulk(2):
+        worker.settle(claim)
+    ended = outputs(batches, batch)
+    assert [job.line for job in ended] == [1, 2, 3, 5, 6, 7, 8, 10]
+    assert [job.line for job in ended if job.state != "succeeded"] == [3]
+    assert [bad.number for bad in batches.rejected(batch.id, 0)] == [4, 9][:page]
+    assert [bad.number for bad in batches.rejected(batch.id, 4)] == [9]
+    assert batches.rejected(batch.id, 9) == []
     assert [job.custom_id for job in ended] == [f"line-{job.line}" for job in ended]
 
 
-def test_outputs_take_no_more_than_a_page(
+def test_outputs_come_when_all_before_them_have_ended(
     batches: Batches, batch: Batch, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows are read as they are asked for: a page at a time, never the whole batch."""
+    """A page is read once every row of it has ended, however many of the next one have; never more than a page."""
     monkeypatch.setattr(jobs.batches, "READ_LINES", 2)
-    run_some(batches, batch, worker)
-    read: list[int] = []
-    honest = batches._page
-
-    def counted(*arguments: object) -> object:
-        rows = honest(*arguments)  # type: ignore[arg-type]
-        read.append(len(rows))
-        return rows
-
-    monkeypatch.setattr(batches, "_page", counted)
-    outputs = batches.outputs(batch.id)
-    assert read == []
-    assert next(outputs).line == 1
-    assert read == [2]
-    assert [job.line for job in outputs] == [2, 3, 5, 6, 7]
-    assert read == [2, 1, 2, 1, 0]
+    take_in(batches, batch, [line(number) for number in range(1, 5)])
+    first, *others = sorted(worker.claim_bulk(4), key=lambda claim: str(claim.request.prompt))
+    for claim in others:
+        worker.settle(claim)
+    assert batches.outputs(batch.id, 0) is None
+    later = batches.outputs(batch.id, 2)
+    assert later is not None
+    assert ([job.line for job in later.jobs], later.last) == ([3, 4], 4)
+    worker.settle(first)
+    page = batches.outputs(batch.id, 0)
+    assert page is not None
+    assert ([job.line for job in page.jobs], page.last) == ([1, 2], 2)
 
 
 def test_batches_do_not_mix(batches: Batches, batch: Batch, worker: Worker) -> None:
@@ -398,5 +410,5 @@ def test_batches_do_not_mix(batches: Batches, batch: Batch, worker: Worker) -> N
     take_in(batches, other, [line(1)], [rejection(2)])
     run_some(batches, batch, worker)
     assert batches.progress(other.id).total == 2
-    assert len(list(batches.rejected(other.id))) == 1
+    assert len(batches.rejected(other.id, 0)) == 1
     assert line_id(other.id, "line-1") != line_id(batch.id, "line-1")

@@ -223,6 +223,26 @@ def overtaken(store: Store, worker: Worker, tables: Tables) -> UUID:
     return job_id
 
 
+def test_overtaken_by_one_whose_message_was_not_noted(store: Store, worker: Worker, tables: Tables) -> None:
+    """A job that starts at once never learns when its message went out: it was not before the job could start."""
+    job_id, later = accept(store), accept(store)
+    store.mark_published([job_id])
+    tables.move_back(job_id, "published_at", 12)
+    assert sweep(store).to_publish == ()
+    worker.claim(later)
+    assert published(sweep(store)) == {job_id}
+
+
+def test_not_overtaken_by_one_that_waits_for_a_retry(store: Store, worker: Worker, tables: Tables) -> None:
+    """When a job may start again says nothing of messages that are out now."""
+    job_id, other = accept(store), accept(store)
+    store.mark_published([job_id])
+    tables.move_back(job_id, "published_at", 12)
+    tables.move_back(other, "run_after", 12)
+    worker.run(other, "retried", retry_after_seconds=30.0)
+    assert sweep(store).to_publish == ()
+
+
 def test_overtaken(store: Store, tables: Tables, overtaken: UUID) -> None:
     """A job is published again when one of its route and priority, published 10 s later, has started."""
     assert published(sweep(store)) == {overtaken}

@@ -105,7 +105,7 @@ def test_a_request_goes_there_and_its_events_come_back(start: Callable[..., Proc
     client = EngineClient(process.socket)
     process.clients.append(client)
     greeting = client.connect(PATIENCE_SECONDS)
-    assert (greeting.model, greeting.engine, greeting.slots, greeting.pid) == ("echo", "echo", 64, process.popen.pid)
+    assert (greeting.model, greeting.engine, greeting.slots, greeting.pid) == ("echo", "echo", 256, process.popen.pid)
     client.submit(request("a", "héllo", stream=True), inbox)
     ended = inbox.ends()["a"]
     assert inbox.events[0] == Started("a")

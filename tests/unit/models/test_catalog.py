@@ -13,7 +13,7 @@ def test_two_models_are_always_there() -> None:
     """Without any table there are echo and tiny-chat."""
     catalog = Catalog.from_mapping()
     assert catalog.names() == ("echo", "tiny-chat")
-    assert (catalog.get("echo").engine, catalog.get("echo").slots) == ("echo", 64)
+    assert (catalog.get("echo").engine, catalog.get("echo").slots) == ("echo", 256)
     assert catalog.get("tiny-chat").path.endswith("tiny-chat")
     assert catalog.get("tiny-chat").slots == 16
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -106,12 +105,10 @@ class FakeCommitter:
     counts: bool = True
     settled: list[Settlement] = field(default_factory=list)
 
-    def settle(self, settlement: Settlement) -> Future[bool]:
+    def settle(self, settlement: Settlement, then: Callable[[bool], None]) -> None:
         self.settled.append(settlement)
         self.hands.drop([settlement.token])
-        future: Future[bool] = Future()
-        future.set_result(self.counts)
-        return future
+        then(self.counts)
 
 
 class FakeHost(SimpleNamespace):
