@@ -14,9 +14,9 @@ from sqlalchemy import Connection, text
 from jobs.database import Database
 from jobs.errors import NotFound
 from jobs.ids import line_id
-from jobs.schema import Job, JobError, JobRequest
+from jobs.schema import Choice, JobError, JobRequest, Usage
 from jobs.states import BatchState, State
-from jobs.store import END_WAITING_ROWS, STOP_RUNNING_ROWS, job_of
+from jobs.store import END_WAITING_ROWS, STOP_RUNNING_ROWS
 from jobs.tables import LOCAL_TENANT
 
 READ_LINES = 500
@@ -82,10 +82,35 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """Some consecutive lines of a batch of which all have ended. Its jobs lack cost and timings: no output has them."""
+class Ended:
+    """One ended job of a batch: of a `Job` what a line of the output is made of, and not validated again."""
 
-    jobs: list[Job]
+    id: UUID
+    line: int
+    custom_id: str
+    endpoint: str | None
+    state: State
+    model: str
+    created_at: datetime
+    finished_at: datetime
+    metadata: dict[str, str]
+    choices: tuple[Choice, ...]
+    usage: Usage
+    error: JobError | None
+    served_by: str | None
+    conversation: None = None  # a batch has no turns
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; empty if there is none."""
+        return self.choices[0].text if self.choices else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some consecutive lines of a batch, all ended."""
+
+    jobs: list[Ended]
     last: int  # line, the page's last one, whether or not it became a job
 
 
@@ -214,7 +239,7 @@ class Batches:
         fields = {"id": batch_id, "after": after, "last": last}
         if self.database.rows(_UNFINISHED, fields):
             return None
-        return Page([job_of(row) for row in self.database.rows(_OUTPUTS, fields)], last)
+        return Page([_ended_of(row) for row in self.database.rows(_OUTPUTS, fields)], last)
 
     def rejected(self, batch_id: UUID, after: int) -> list[Rejection]:
         """The next lines that became no job, in order; none are left if there are none."""
@@ -261,6 +286,24 @@ def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
 def _rejection_row(batch: Batch, rejection: Rejection) -> tuple[Any, ...]:
     error = {"code": rejection.error.code, "message": rejection.error.message, "field": rejection.field}
     return (batch.id, rejection.number, batch.tenant_id, rejection.custom_id, orjson.dumps(error).decode())
+
+
+def _ended_of(row: Any) -> Ended:
+    return Ended(
+        id=row.id,
+        line=row.line,
+        custom_id=row.custom_id,
+        endpoint=row.endpoint,
+        state=State(row.state),
+        model=row.model,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        metadata=row.metadata or {},
+        choices=tuple(Choice(**choice) for choice in row.choices),
+        usage=Usage(**row.usage),
+        error=row.error and JobError(**row.error),
+        served_by=row.served_by,
+    )
 
 
 def _rejection_of(row: Any) -> Rejection:
@@ -362,8 +405,8 @@ SELECT 1 FROM jobs WHERE batch_id = :id AND line > :after AND line <= :last AND 
 
 # What a line of the output is made of.
 _OUTPUTS = text("""
-SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.finished_at,
-       j.batch_id, j.line, p.custom_id, p.endpoint, p.metadata, r.choices, r.usage, r.error, r.served_by
+SELECT j.id, j.line, j.state, j.model, j.created_at, j.finished_at, p.custom_id, p.endpoint, p.metadata,
+       r.choices, r.usage, r.error, r.served_by
 FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
 WHERE j.batch_id = :id AND j.line > :after AND j.line <= :last ORDER BY j.line
 """)

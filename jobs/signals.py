@@ -47,14 +47,20 @@ class Signals:
         if not ids:
             return True
         try:
-            with self._redis.pipeline(transaction=False) as pipeline:
-                for job_id in ids:
-                    pipeline.publish(self._channel(kind), str(job_id))
-                pipeline.execute()
+            self._publish(self._channel(kind), [str(job_id) for job_id in ids])
         except UNREACHABLE as error:
             log.warning("could not announce %d %s: %s", len(ids), kind, error)
             return False
         return True
+
+    def _publish(self, channel: str, messages: Sequence[str]) -> None:
+        if len(messages) == 1:  # the usual case, of somebody who waits; to make a pipeline takes longer than to send it
+            self._redis.publish(channel, messages[0])
+            return
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for message in messages:
+                pipeline.publish(channel, message)
+            pipeline.execute()
 
     def listen(self, kind: str, on_id: Callable[[UUID], None], stop: threading.Event, ready: threading.Event) -> None:
         """Call `on_id` for every id until `stop`; subscribes again, jittered, after a failure. `ready`: subscribed."""

@@ -258,7 +258,7 @@ class Store:
         row = self.database.row(_GET, fields)
         if row is None:
             raise NotFound(f"no job {job_id}")
-        return job_of(row)
+        return _job_of(row)
 
     def list(
         self,
@@ -281,7 +281,7 @@ class Store:
             "before": before,
             "limit": limit,
         }
-        return [job_of(row) for row in self.database.rows(_LIST, fields)]
+        return [_job_of(row) for row in self.database.rows(_LIST, fields)]
 
 
 # == how ========================================================================================================
@@ -350,7 +350,8 @@ def _document(settlements: Sequence[Settlement]) -> dict[str, str]:
 
 
 def _record(settlement: Settlement) -> dict[str, Any]:
-    usage, timings = dict(settlement.usage), dict(settlement.timings)
+    # `vars`: a model's own dump takes ten times as long (1 µs), and there are thousands of rows a second.
+    usage = vars(settlement.usage)
     return {
         "id": settlement.id,
         "token": settlement.token,
@@ -359,7 +360,7 @@ def _record(settlement: Settlement) -> dict[str, Any]:
         "choices_text": orjson.dumps([choice.stored() for choice in settlement.choices]).decode(),
         "error_text": settlement.error and settlement.error.model_dump_json(),
         "usage": usage,
-        "timings": timings,
+        "timings": vars(settlement.timings),
         "served_by": settlement.served_by,
         "busy_seconds": settlement.timings.busy_seconds,
         "token_dollars": str(settlement.token_dollars),
@@ -444,10 +445,10 @@ def _claim_of(row: Any) -> Claim:
     )
 
 
-def job_of(row: Any) -> Job:
-    """A Job from a row of `_SELECT_JOB`, or of some of its columns."""
+def _job_of(row: Any) -> Job:
+    """A Job from a row of `_SELECT_JOB`."""
     fields = row._asdict()
-    cost = {name: fields.pop(name, None) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
+    cost = {name: fields.pop(name) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
     fields["choices"] = fields["choices"] or ()
     if cost["token_dollars"] is not None:

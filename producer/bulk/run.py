@@ -30,9 +30,9 @@ Phase = Literal["reading", "running", "writing"]
 SAMPLES = 8
 
 _NAP_SECONDS = 0.03
-# Counting the rows of a long batch takes Postgres a while: it does so for at most a twentieth of the time.
+# Counting the rows of a long batch takes Postgres a while: it does so for at most a fiftieth of the time.
 _LOOK_MAX_SECONDS = 10.0
-_LOOK_FACTOR = 20
+_LOOK_FACTOR = 50
 # Postgres may be restarted or moved meanwhile; a run of hours is worth waiting for that.
 _STORE_WAIT_SECONDS = 900.0
 _STORE_RETRY_SECONDS = 10.0

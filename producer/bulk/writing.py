@@ -15,8 +15,7 @@ from uuid import UUID
 
 import orjson
 
-from jobs.batches import Batches
-from jobs.schema import Job
+from jobs.batches import Batches, Ended
 from jobs.states import State
 from producer.bulk.errors import BulkError
 from producer.bulk.sidecar import sync_folder
@@ -82,7 +81,7 @@ class Handover:
             _sync(self._bad)
             self._rename()
 
-    def _write(self, jobs: list[Job]) -> None:
+    def _write(self, jobs: list[Ended]) -> None:
         for job in jobs:
             file = self._good if job.state is State.SUCCEEDED else self._bad
             file.write(_json(output_line(job)))

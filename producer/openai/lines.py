@@ -9,9 +9,8 @@ from uuid import UUID
 
 from jobs.batches import Rejection
 from jobs.errors import RequestInvalid
-from jobs.schema import Job
 from jobs.states import State
-from producer.openai.objects import Object, answer, error_body
+from producer.openai.objects import Answered, Object, answer, error_body
 from producer.openai.requests import ENDPOINTS
 
 MAX_CUSTOM_ID_CHARACTERS = 512
@@ -58,7 +57,7 @@ def custom_id(fields: Mapping[str, Any]) -> str | None:
     return name
 
 
-def output_line(job: Job) -> Object:
+def output_line(job: Answered) -> Object:
     """What became of one request; for the output file if it succeeded, else for the errors file."""
     line: Object = {"id": f"batch_req_{job.id.hex}", "custom_id": job.custom_id, "response": None, "error": None}
     if job.state is State.SUCCEEDED:
@@ -92,7 +91,7 @@ def _reply(name: str, status: int, body: Object) -> Object:
     return {"status_code": status, "request_id": f"req_{name}", "body": body}
 
 
-def _reason(job: Job) -> tuple[str, str]:
+def _reason(job: Answered) -> tuple[str, str]:
     if job.error is not None:
         return job.error.code, job.error.message
     return str(job.state), f"the request was {job.state}"

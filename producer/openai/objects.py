@@ -1,17 +1,19 @@
-"""From a `Job` to the objects of OpenAI's API: every field that its types require, as plain dictionaries."""
+"""From a job to the objects of OpenAI's API: every field that its types require, as plain dictionaries."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
+from jobs.batches import Ended
 from jobs.schema import Choice, Job, TokenLogprob, Usage
 from jobs.states import State
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 
 Object = dict[str, Any]
+Answered: TypeAlias = Job | Ended
 
 _STATUS = {
     State.BLOCKED: "queued",
@@ -24,22 +26,22 @@ _STATUS = {
 }
 
 
-def answer(job: Job) -> Object:
+def answer(job: Answered) -> Object:
     """What the endpoint that the job was written for returns; a chat completion if there was none."""
     return _OBJECTS[job.endpoint or CHAT](job)
 
 
-def chat_completion(job: Job) -> Object:
+def chat_completion(job: Answered) -> Object:
     """A ChatCompletion."""
     return _completion(job, "chatcmpl", "chat.completion") | {"choices": [_chat_choice(c) for c in job.choices]}
 
 
-def text_completion(job: Job) -> Object:
+def text_completion(job: Answered) -> Object:
     """A Completion."""
     return _completion(job, "cmpl", "text_completion") | {"choices": [_text_choice(c) for c in job.choices]}
 
 
-def response(job: Job, echo: Mapping[str, Any] | None = None) -> Object:
+def response(job: Answered, echo: Mapping[str, Any] | None = None) -> Object:
     """A Response. `echo` is what it repeats of its request, where whoever answers still knows that."""
     status = _response_status(job)
     return {
@@ -78,7 +80,7 @@ def error_body(message: str, kind: str, param: str | None, code: str | None) -> 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _completion(job: Job, prefix: str, kind: str) -> Object:
+def _completion(job: Answered, prefix: str, kind: str) -> Object:
     return {
         "id": f"{prefix}-{job.id.hex}",
         "object": kind,
@@ -177,13 +179,13 @@ def _response_usage(usage: Usage) -> Object:
     }
 
 
-def _response_status(job: Job) -> str:
+def _response_status(job: Answered) -> str:
     if job.state is State.SUCCEEDED and _finish_reason(job.choices[0]) == "length":
         return "incomplete"
     return _STATUS[job.state]
 
 
-def _response_error(job: Job) -> Object | None:
+def _response_error(job: Answered) -> Object | None:
     if _STATUS[job.state] != "failed":
         return None
     # The wire's codes are a closed set; ours is in the message.
@@ -191,7 +193,7 @@ def _response_error(job: Job) -> Object | None:
     return {"code": "server_error", "message": reason}
 
 
-def _message_item(job: Job, status: str) -> Object:
+def _message_item(job: Answered, status: str) -> Object:
     return {
         "id": f"msg_{job.id.hex}",
         "type": "message",
@@ -201,7 +203,7 @@ def _message_item(job: Job, status: str) -> Object:
     }
 
 
-def _first(job: Job) -> Sequence[TokenLogprob]:
+def _first(job: Answered) -> Sequence[TokenLogprob]:
     return job.choices[0].logprobs or ()
 
 
@@ -209,7 +211,7 @@ def _unix(moment: datetime) -> int:
     return int(moment.timestamp())
 
 
-_OBJECTS: dict[str, Callable[[Job], Object]] = {
+_OBJECTS: dict[str, Callable[[Answered], Object]] = {
     CHAT: chat_completion,
     COMPLETIONS: text_completion,
     RESPONSES: response,

@@ -12,10 +12,10 @@ from psycopg.errors import UniqueViolation
 from sqlalchemy import Connection, text
 
 import jobs.batches
-from jobs.batches import Batch, Batches, Line, Progress, Rejection
+from jobs.batches import Batch, Batches, Ended, Line, Progress, Rejection
 from jobs.errors import NotFound
 from jobs.ids import line_id, new_id
-from jobs.schema import Job, JobError, Usage
+from jobs.schema import JobError, Usage
 from jobs.states import BatchState, Lane, State
 from jobs.store import Claim, Store
 from kit.contract import Tables, Worker, request_of, settlement
@@ -357,9 +357,9 @@ def test_summary_of_nothing(batches: Batches, batch: Batch) -> None:
     assert summary.first_started_at is None
 
 
-def outputs(batches: Batches, batch: Batch) -> list[Job]:
+def outputs(batches: Batches, batch: Batch) -> list[Ended]:
     """Every page, to the last line."""
-    jobs: list[Job] = []
+    jobs: list[Ended] = []
     after, lines = 0, batches.get(batch.id).input_lines
     while after < lines:
         page = batches.outputs(batch.id, after)
