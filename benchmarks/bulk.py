@@ -7,6 +7,7 @@ row read back and written to a file. The faster of Celery's pools (threads, pref
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def measure(*, quick: bool) -> bool:
     prompts = questions(1000 if quick else None)
     rounds = 1 if quick else 3
     rates: dict[str, list[float]] = {"headrace": [], **{f"celery {pool}": [] for pool in _POOLS}}
+    gc.freeze()  # as `headrace run` does; it spares both sides' client the same
     with servers() as running:
         for _ in range(rounds):
             rates["headrace"].append(_headrace(running, prompts))

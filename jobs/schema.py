@@ -228,9 +228,9 @@ class JobRequest(Frozen):
     @property
     def structures(self) -> list[str]:
         """The fields that say which form the answer has; valid requests have at most one."""
-        structured = self.response_format is not None and self.response_format["type"] != "text"
-        given = {"response_format": structured, "regex": self.regex is not None, "choice": self.choice is not None}
-        return [name for name, is_given in given.items() if is_given]
+        form = self.response_format
+        asked = [] if form is None or form["type"] == "text" else ["response_format"]
+        return [*asked, *(name for name in ("regex", "choice") if getattr(self, name) is not None)]
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | JobRequest) -> JobRequest:

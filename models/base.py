@@ -240,4 +240,5 @@ class BaseEngine(ABC):
         if self._preparing.pop(flight, None) is None:
             self._scheduler.drop(unfinished)
         del self._flights[flight.request.id]
+        flight.rows = []  # each refers to its flight: without this only the collector would free their tokens
         return ended

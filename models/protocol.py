@@ -168,7 +168,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A step has worked on the request for the first time. Comes before its deltas; never if no step touched it."""
+    """A step has worked on the request for the first time. Comes before its deltas; never if no step touched it.
+
+    It stays in the engine's process, where the execution log is written: no worker asks for it.
+    """
 
     id: str
 

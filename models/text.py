@@ -51,13 +51,15 @@ class TextStream:
         """No token follows; returns the text that was waiting. Cut short, a character without its end is dropped."""
         if self.stopped:
             return ""
-        text = self._decode(self._token_ids[self._context_start :])
-        text = text.rstrip(_REPLACEMENT) if cut else text
-        shown = self._show(self._settle(text))
+        shown = self._show_undecided(cut=cut) if self._undecided_start < len(self._token_ids) else ""
         rest = "" if self.stopped else self._held
         self._held = ""
         self._shown.append(rest)
         return shown + rest
+
+    def _show_undecided(self, *, cut: bool) -> str:
+        text = self._decode(self._token_ids[self._context_start :])
+        return self._show(self._settle(text.rstrip(_REPLACEMENT) if cut else text))
 
     def _settle(self, text: str, end: int | None = None) -> str:
         """The part of the decoded window (up to token `end`) that is new; the window moves on."""

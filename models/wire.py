@@ -1,8 +1,8 @@
 """How a client and the engine process talk: frames of many messages over a Unix socket.
 
 A frame is one JSON list; a message is `[kind, value]`. To the engine: `submit` (request), `cancel` (request id),
-`drain` (null), `health` (any value, given back). From it: `started`, `delta`, `ended` (events) and
-`health` (`[value, health]`; the first, with a null value, greets whoever connects).
+`drain` (null), `health` (any value, given back). From it: `delta`, `ended` (events) and `health`
+(`[value, health]`; the first, with a null value, greets whoever connects).
 """
 
 import contextlib
@@ -20,13 +20,11 @@ from models.protocol import (
     Delta,
     Ended,
     EngineError,
-    Event,
     Failure,
     GenerationRequest,
     Health,
     InvalidRequest,
     SamplingParams,
-    Started,
     Structure,
     Timings,
     TokenLogprobs,
@@ -34,6 +32,7 @@ from models.protocol import (
 )
 
 Message: TypeAlias = tuple[str, Any] | list[Any]
+Told: TypeAlias = Delta | Ended  # the events that leave the engine's process
 
 _SOCKET_PATH_BYTES = 107  # Linux; a longer one is refused by bind with an error that does not say so
 
@@ -111,18 +110,16 @@ def submit_message(request: GenerationRequest) -> Message:
         raise InvalidRequest("request", f"cannot be sent: {error}") from error
 
 
-def event_message(event: Event) -> Message:
+def event_message(event: Told) -> Message:
     """Orjson writes the dataclass."""
     return (_KINDS[type(event)], event)
 
 
-_KINDS: dict[type, str] = {Started: "started", Delta: "delta", Ended: "ended"}
+_KINDS: dict[type, str] = {Delta: "delta", Ended: "ended"}
 
 
-def read_event(kind: str, value: dict[str, Any]) -> Event:
+def read_event(kind: str, value: dict[str, Any]) -> Told:
     """The event a message carries."""
-    if kind == "started":
-        return Started(**value)
     if kind == "delta":
         return Delta(**_with_tokens(value))
     return Ended(

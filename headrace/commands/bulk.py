@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -61,6 +62,7 @@ def run(
     from jobs.settings import Settings
     from producer.bulk import BulkOptions, BulkPaused
 
+    gc.freeze()  # what was imported stays; a long run need not look through it again and again
     settings = Settings.load()
     options = BulkOptions(source, output, errors, model, prompt_field, max_tokens, temperature, force)
     terminal = Terminal()
