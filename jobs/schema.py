@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NotRequired, Self
@@ -181,6 +182,10 @@ class JobRequest(Frozen):
 
     conversation: Key | None = None
     """Turns of one conversation run in order, each seeing the ones before it that succeeded."""
+    instructions: str | None = None
+    """A system message in front of everything, the turns before included; of this turn alone: no later one sees it."""
+    stream: bool = False
+    """Tell the answer's pieces while it is written."""
     idempotency_key: Key | None = None
     """The same key with the same request is the same job."""
     max_attempts: int | None = Field(default=None, ge=1, le=100)
@@ -198,6 +203,8 @@ class JobRequest(Frozen):
             raise ValueError("prompt: cannot be given together with `messages`")
         if self.conversation is not None and self.messages is None:
             raise ValueError("conversation: a turn needs `messages`, not a `prompt`")
+        if self.instructions is not None and self.messages is None:
+            raise ValueError("instructions: go with `messages`, not with a `prompt`")
         return self
 
     @model_validator(mode="after")
@@ -224,6 +231,13 @@ class JobRequest(Frozen):
                 f"ignore_eos: cannot be given together with `{asked[0]}`, which says where the answer ends"
             )
         return self
+
+    def chat(self, history: Sequence[dict[str, str]] = ()) -> list[dict[str, str]] | None:
+        """The whole chat as a template takes it, the turns before it given; None if the request is a prompt."""
+        if self.messages is None:
+            return None
+        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return [*first, *history, *(message.model_dump() for message in self.messages)]
 
     @property
     def structures(self) -> list[str]:
@@ -280,6 +294,8 @@ class Choice(Frozen):
     """If asked for, one for each token of the answer, what ended it included; echoed, after the prompt's."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """If asked for; they are the same for every choice, so only the first has them."""
+    pieces: tuple[tuple[int, int], ...] = ()
+    """If it was streamed: characters and tokens of each piece, so that its stream can be told again as it was."""
 
     def stored(self) -> dict[str, Any]:
         """For JSON, without what is at its default."""
@@ -322,6 +338,20 @@ class Cost(Frozen):
     machine_dollars: Decimal
 
 
+class Call(Frozen):
+    """How a job came over the API, beside what is to be run: who may have its answer, and what that repeats."""
+
+    background: bool = False
+    stored: bool = True
+    """Whether it can be retrieved and gone on from."""
+    previous: UUID | None = None
+    """The response that it goes on from."""
+    items: tuple[dict[str, Any], ...] = ()
+    """Its own input, as items of the API: without ids, and without what came before."""
+    echo: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the answer that are those of the request."""
+
+
 class Job(Frozen):
     """A job as its owner sees it."""
 
@@ -346,6 +376,8 @@ class Job(Frozen):
     custom_id: str | None = None
     endpoint: str | None = None
     """The route the request was written for, such as `/v1/chat/completions`; None: for none."""
+    call: Call | None = None
+    """How it came over that route, if the answer needs to know."""
     metadata: dict[str, str] = Field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None

@@ -14,9 +14,10 @@ from uuid import UUID
 import orjson
 from sqlalchemy import Connection, Row, TextClause, text
 
+from jobs.conversations import Conversations
 from jobs.database import Database, Execute
 from jobs.errors import IdempotencyConflict, NotFound
-from jobs.schema import Choice, Job, JobError, JobRequest, Timings, Usage
+from jobs.schema import Call, Choice, Job, JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome, Lane, State
 from jobs.tables import LOCAL_TENANT
 
@@ -141,10 +142,20 @@ class Store:
 
     # -- in -----------------------------------------------------------------------------------------------------
 
-    def accept(self, job_id: UUID, request: JobRequest, max_attempts: int, tenant_id: str = LOCAL_TENANT) -> Accepted:
+    def accept(
+        self,
+        job_id: UUID,
+        request: JobRequest,
+        max_attempts: int,
+        tenant_id: str = LOCAL_TENANT,
+        *,
+        endpoint: str | None = None,
+        call: Call | None = None,
+    ) -> Accepted:
         """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
 
-        Raises IdempotencyConflict if id or key stand for another request.
+        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. Raises IdempotencyConflict if
+        id or key stand for another request.
         """
         payload = request.payload()
         fields = {
@@ -160,11 +171,13 @@ class Store:
             "request": payload,
             "metadata": request.metadata_payload(),
             "digest": request.digest(payload),
+            "endpoint": endpoint,
+            "call": call and call.model_dump_json(exclude_defaults=True),
         }
         created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
         if created is None:
             return self._accepted_before(fields)
-        return Accepted(job_id, State(created.state), _accepted_job(fields, request, created))
+        return Accepted(job_id, State(created.state), _accepted_job(fields, request, call, created))
 
     def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
         try:
@@ -222,13 +235,21 @@ class Store:
         return replace(settled, done=settled.done | done)
 
     def history(self, tenant_id: str, conversation: str, before_turn: int) -> list[dict[str, str]]:
-        """The messages of the turns before, oldest first; turns that did not succeed are left out."""
-        fields = {"tenant": tenant_id, "conversation": conversation, "turn": before_turn}
-        messages: list[dict[str, str]] = []
-        for row in self.database.rows(_HISTORY, fields):
-            messages += row.request["messages"]
-            messages.append({"role": "assistant", "content": row.choices[0]["text"]})
-        return messages
+        """The messages before a turn, oldest first: of turns that succeeded, and what was put in by hand."""
+        items = Conversations(self.database).items(tenant_id, conversation, before_turn=before_turn)
+        return [item.message for item in items]
+
+    def ended(self, job_ids: Sequence[UUID]) -> set[UUID]:
+        """Which of these jobs have ended."""
+        return {row.id for row in self.database.rows(_ENDED, {"ids": list(job_ids)})}
+
+    def waiting(self) -> dict[str, int]:
+        """How many interactive jobs wait for each model."""
+        return {row.model: row.jobs for row in self.database.rows(_WAITING)}
+
+    def forget(self, job_id: UUID, tenant_id: str) -> bool:
+        """Hide the job from the API for good. False: there is none, or it is hidden already."""
+        return self.database.row(_FORGET, {"id": job_id, "tenant": tenant_id}) is not None
 
     # -- cancel, sweep ------------------------------------------------------------------------------------------
 
@@ -258,7 +279,16 @@ class Store:
         row = self.database.row(_GET, fields)
         if row is None:
             raise NotFound(f"no job {job_id}")
-        return _job_of(row)
+        return _job_of(row._asdict())
+
+    def get_call(self, job_id: UUID, tenant_id: str) -> tuple[Job, JobRequest]:
+        """A job that the API still knows, and what was asked of it. Raises NotFound."""
+        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id})
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        fields = row._asdict()
+        request = JobRequest.model_validate(fields.pop("request"))
+        return _job_of(fields), request
 
     def list(
         self,
@@ -281,7 +311,7 @@ class Store:
             "before": before,
             "limit": limit,
         }
-        return [_job_of(row) for row in self.database.rows(_LIST, fields)]
+        return [_job_of(row._asdict()) for row in self.database.rows(_LIST, fields)]
 
 
 # == how ========================================================================================================
@@ -303,7 +333,7 @@ def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
     return created
 
 
-def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> Job:
+def _accepted_job(fields: dict[str, Any], request: JobRequest, call: Call | None, created: Any) -> Job:
     """Built, not read back: what the database has added is in `created`."""
     return Job(
         id=fields["id"],
@@ -318,6 +348,8 @@ def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> 
         conversation=request.conversation,
         turn=created.turn,
         metadata=request.metadata,
+        endpoint=fields["endpoint"],
+        call=call,
     )
 
 
@@ -445,9 +477,8 @@ def _claim_of(row: Any) -> Claim:
     )
 
 
-def _job_of(row: Any) -> Job:
+def _job_of(fields: dict[str, Any]) -> Job:
     """A Job from a row of `_SELECT_JOB`."""
-    fields = row._asdict()
     cost = {name: fields.pop(name) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
     fields["choices"] = fields["choices"] or ()
@@ -473,8 +504,9 @@ WITH created AS (
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, request, metadata, digest)
-    SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), :digest FROM created
+    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, digest)
+    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json), :digest
+    FROM created
 )
 SELECT state, turn, created_at FROM created
 """)
@@ -786,17 +818,21 @@ WHERE j.tenant_id = e.tenant_id AND j.conversation = e.conversation AND j.state 
 RETURNING j.id, j.model, j.priority
 """)
 
-_HISTORY = text("""
-SELECT p.request, r.choices
-FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
-WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.turn < :turn AND j.state = 'succeeded'
-ORDER BY j.turn
+_ENDED = text("SELECT id FROM jobs WHERE id = ANY(:ids) AND finished_at IS NOT NULL")
+
+_WAITING = text("""
+SELECT model, count(*) AS jobs FROM jobs WHERE state = 'queued' AND lane = 'interactive' GROUP BY model
+""")
+
+_FORGET = text("""
+UPDATE payloads SET forgotten_at = now() WHERE job_id = :id AND tenant_id = :tenant AND forgotten_at IS NULL
+RETURNING job_id
 """)
 
 _SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
        j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
-       p.endpoint, p.metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
+       p.endpoint, p.metadata, p.call, r.choices, r.usage, r.timings, r.error, r.served_by,
        l.busy_seconds, l.token_dollars, l.machine_dollars
 FROM jobs j
 JOIN payloads p ON p.job_id = j.id
@@ -805,6 +841,12 @@ LEFT JOIN ledger l ON l.job_id = j.id
 """
 
 _GET = text(f"{_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
+
+# Of the job, and what it was asked.
+_GET_CALL = text(f"""
+SELECT c.*, p.request FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND p.forgotten_at IS NULL) c
+JOIN payloads p ON p.job_id = c.id
+""")  # noqa: S608
 
 _LIST = text(f"""{_SELECT_JOB}
 WHERE j.tenant_id = :tenant

@@ -107,15 +107,14 @@ def prompt_field(request: JobRequest) -> str:
 
 def _prompt_bytes(request: JobRequest) -> int:
     if request.messages is not None:
-        return sum(len(message.content.encode()) for message in request.messages)
+        return sum(len(message["content"].encode()) for message in request.chat() or ())
     return len(request.prompt.encode() if isinstance(request.prompt, str) else request.prompt or ())
 
 
 def _prompt_tokens(form: PromptFormat, request: JobRequest) -> int:
     field = prompt_field(request)
-    messages = None if request.messages is None else [message.model_dump() for message in request.messages]
     try:
-        tokens = len(encode_prompt(form, messages, request.prompt))
+        tokens = len(encode_prompt(form, request.chat(), request.prompt))
     except PromptError as error:
         raise RequestInvalid(error.field, error.message) from None
     if tokens == 0:

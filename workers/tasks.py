@@ -226,7 +226,7 @@ def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
 def _generation_request(host: Host, held: Held) -> GenerationRequest:
     claim = held.claim
     history: list[dict[str, str]] = []
-    if claim.conversation is not None and claim.turn is not None and claim.turn > 1:
+    if claim.conversation is not None and claim.turn is not None:
         history = host.store.history(claim.tenant_id, claim.conversation, claim.turn)
     return GenerationRequest(
         id=held.request_id,
@@ -240,9 +240,8 @@ def _generation_request(host: Host, held: Held) -> GenerationRequest:
 
 
 def _prompt_token_ids(host: Host, request: JobRequest, history: list[dict[str, str]]) -> tuple[int, ...]:
-    messages = None if request.messages is None else [*history, *(m.model_dump() for m in request.messages)]
     try:
-        return tuple(encode_prompt(host.format, messages, request.prompt))
+        return tuple(encode_prompt(host.format, request.chat(history), request.prompt))
     except PromptError as error:
         raise RequestInvalid(error.field, error.message) from None
 
