@@ -63,6 +63,15 @@ class Settings(BaseSettings):
     max_prompt_bytes: int = Field(1_000_000, ge=1)
     """Largest prompt that is accepted, in bytes of UTF-8."""
 
+    gateway_body_bytes: int = Field(8_000_000, ge=1_000)
+    """Longest body of a request to the gateway, files apart."""
+    gateway_file_bytes: int = Field(200_000_000, ge=1_000)
+    """Longest file that the gateway takes."""
+    gateway_waiting_jobs: int = Field(1_000, ge=1)
+    """So many interactive jobs may wait for one model before the gateway answers 429."""
+    stream_seconds: float = Field(3_600.0, ge=1)
+    """How long the pieces of a streamed answer are kept in Redis; after that its result tells the same pieces."""
+
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`[models.NAME]` tables, checked by `models.catalog`."""
 

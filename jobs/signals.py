@@ -22,13 +22,17 @@ log = logging.getLogger(__name__)
 
 ENDED = "ended"
 CANCEL = "cancel"
+TOLD = "told"
 _LISTEN_SECONDS = 0.2  # also how long a listener takes to stop
 
 UNREACHABLE = (redis.RedisError, OSError)
 
 
 class Signals:
-    """Publishes and listens. `ended` carries the ids of interactive jobs, `cancel` the ids of running ones."""
+    """Publishes and listens.
+
+    `ended` carries the ids of interactive jobs, `cancel` the ids of running ones, `told` those with new pieces.
+    """
 
     def __init__(self, settings: Settings) -> None:
         assert settings.broker_url is not None

@@ -25,7 +25,7 @@ from jobs.errors import RequestInvalid, WaitTimeout
 from jobs.home import connected_settings
 from jobs.ids import new_id
 from jobs.leases import Leases
-from jobs.schema import Job, JobRequest
+from jobs.schema import Call, Job, JobRequest
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.states import State
@@ -74,8 +74,18 @@ class Producer:
         self._signals.close()
         self.database.close()
 
-    def submit(self, request: JobRequest | None = None, *, job_id: UUID | None = None, **fields: Any) -> Job:
+    def submit(
+        self,
+        request: JobRequest | None = None,
+        *,
+        job_id: UUID | None = None,
+        endpoint: str | None = None,
+        call: Call | None = None,
+        **fields: Any,
+    ) -> Job:
         """Accept one job: from here on it cannot be lost. The fields are those of `JobRequest`.
+
+        `endpoint` and `call` say how it came over the API, if it did.
 
         Raises RequestInvalid naming the field at fault, IdempotencyConflict, or StoreUnavailable; after the last one,
         submitting again with the same `job_id` is safe.
@@ -83,7 +93,9 @@ class Producer:
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
         checked = self.validator.check(request or JobRequest.parse(fields))
-        accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
+        accepted = self.store.accept(
+            job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id, endpoint=endpoint, call=call
+        )
         if accepted.job is None:
             return self.get(accepted.id)
         self._ears.expect(accepted.id)

@@ -37,7 +37,8 @@ def upgrade() -> None:
         sa.Column("runner", sa.Uuid(), nullable=True),
         sa.Column("runner_until", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint(
-            "(coalesce(completed_at, failed_at, expired_at, cancelled_at) IS NOT NULL) = (state IN ('cancelled', 'completed', 'expired', 'failed'))",
+            "(coalesce(completed_at, failed_at, expired_at, cancelled_at) IS NOT NULL) = "
+            "(state IN ('cancelled', 'completed', 'expired', 'failed'))",
             name=op.f("api_batches_stamped_when_final"),
         ),
         sa.CheckConstraint(

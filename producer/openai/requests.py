@@ -173,10 +173,12 @@ def _chat_prompt(given: Body) -> dict[str, Any]:
 def _response_prompt(given: Body) -> dict[str, Any]:
     asked = _typed(given, "input")
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _messages("input", asked)
-    if "instructions" in given:
-        messages = [{"role": "system", "content": _typed(given, "instructions")}, *messages]
-    form = _response_format((_optional(given, "text") or {}).get("format"))
-    return {"messages": messages, "metadata": _optional(given, "metadata") or {}, "response_format": form}
+    return {
+        "messages": messages,
+        "instructions": _optional(given, "instructions"),
+        "metadata": _optional(given, "metadata") or {},
+        "response_format": _response_format((_optional(given, "text") or {}).get("format")),
+    }
 
 
 def _response_format(form: Any) -> Any:

@@ -266,6 +266,8 @@ OTHERS: dict[str, Any] = {
     "choice": ("x",),
     "ignore_eos": True,
     "conversation": "c",
+    "instructions": "x",
+    "stream": True,
     "max_attempts": 1,
     "deadline_seconds": 1.0,
     "priority": 0,

@@ -1,0 +1,100 @@
+"""The pieces of streamed answers on their way: a Redis stream for each job, with a limit and an end.
+
+Only for those who listen while it is written. The result has the whole text and says where its pieces were cut, so what
+is lost here is told from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import orjson
+import redis
+
+from jobs.schema import TokenLogprob
+from jobs.settings import Settings
+from jobs.signals import TOLD, UNREACHABLE, Signals
+
+log = logging.getLogger(__name__)
+
+# What is cut off at the front is told from the result at the end.
+_PIECES = 20_000
+BEGINNING = "0-0"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some new text of one choice."""
+
+    attempt: str  # whose; another attempt begins anew
+    number: int  # of the attempt's pieces, from 0, whichever choice they belong to
+    choice: int
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Streams:
+    """Writes and reads the pieces of many jobs at once."""
+
+    def __init__(self, settings: Settings, signals: Signals) -> None:
+        assert settings.broker_url is not None
+        self._prefix = settings.key_prefix
+        self._milliseconds = int(settings.stream_seconds * 1000)
+        self._signals = signals
+        self._redis = redis.Redis.from_url(
+            settings.broker_url, socket_timeout=2.0, socket_connect_timeout=2.0, socket_keepalive=True, retry=None
+        )
+
+    def append(self, pieces: Sequence[tuple[UUID, Piece]]) -> bool:
+        """Write them and tell who listens. False: Redis did not take them."""
+        jobs = dict.fromkeys(job_id for job_id, _ in pieces)
+        try:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for job_id, piece in pieces:
+                    pipeline.xadd(self._key(job_id), {"p": _written(piece)}, maxlen=_PIECES, approximate=True)
+                for job_id in jobs:
+                    pipeline.pexpire(self._key(job_id), self._milliseconds)
+                pipeline.execute()
+        except UNREACHABLE as error:
+            log.warning("%d pieces of streams are not told: %s", len(pieces), error)
+            return False
+        return self._signals.publish(TOLD, list(jobs))
+
+    def read(self, after: Sequence[tuple[UUID, str]]) -> list[tuple[str, list[Piece]]]:
+        """For each job, what has come behind a position, and the new position. Nothing if Redis does not answer."""
+        try:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for job_id, position in after:
+                    pipeline.xrange(self._key(job_id), min=f"({position}")
+                found = pipeline.execute()
+        except UNREACHABLE as error:
+            log.warning("the streams of %d jobs cannot be read: %s", len(after), error)
+            return [(position, []) for _, position in after]
+        return [_read(entries, position) for (_, position), entries in zip(after, found, strict=True)]
+
+    def close(self) -> None:
+        """Let go of Redis."""
+        self._redis.close()
+
+    def _key(self, job_id: UUID) -> str:
+        return f"{self._prefix}:stream:{job_id}"
+
+
+def _written(piece: Piece) -> bytes:
+    logprobs = [one.model_dump(exclude_defaults=True) for one in piece.logprobs]
+    return orjson.dumps([piece.attempt, piece.number, piece.choice, piece.text, piece.tokens, logprobs])
+
+
+def _read(entries: Sequence[tuple[bytes, dict[bytes, bytes]]], position: str) -> tuple[str, list[Piece]]:
+    pieces = [_piece(orjson.loads(fields[b"p"])) for _, fields in entries]
+    return (entries[-1][0].decode() if entries else position), pieces
+
+
+def _piece(fields: list[Any]) -> Piece:
+    *plain, logprobs = fields
+    return Piece(*plain, tuple(TokenLogprob.model_validate(one) for one in logprobs))

@@ -1,0 +1,124 @@
+"""What every request passes before a route sees it: a name, limits on its size, and who is asking.
+
+Plain ASGI, so that a request is looked at before any of its body is read, and a stream is not held up.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from anyio.to_thread import run_sync
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.errors import HeadraceError, Unauthorized
+from producer.gateway.errors import ApiError, reply_to, translated
+
+log = logging.getLogger(__name__)
+
+Authenticate = Callable[[str], Any]
+
+# Paths that need no key.
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/login"})
+OPEN_FOLDERS = ("/static/",)
+_BEARER = re.compile(r"Bearer +(\S{1,512}) *", re.IGNORECASE)
+
+
+class Door:
+    """The outermost layer of the application."""
+
+    def __init__(
+        self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int, prefix: str = ""
+    ) -> None:
+        self._app = app
+        self._authenticate = authenticate
+        self._body_bytes = body_bytes
+        self._file_bytes = file_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        visit = _Visit(scope, send)
+        try:
+            limit = self._file_bytes if _is_upload(scope) else self._body_bytes
+            _check_body(Headers(scope=scope), limit)
+            if not _is_open(scope["path"]):
+                scope.setdefault("state", {})["caller"] = await self._caller(Headers(scope=scope))
+            await self._app(scope, _limited(receive, limit), visit.send)
+        except Exception as error:
+            if not isinstance(error, ApiError | HeadraceError):
+                log.exception("request %s failed", visit.name)
+            if visit.begun:
+                raise
+            await reply_to(translated(error))(scope, receive, visit.send)
+
+    async def _caller(self, headers: Mapping[str, str]) -> Any:
+        bearer = _BEARER.fullmatch(headers.get("authorization", ""))
+        if bearer is None:
+            raise Unauthorized("no key")
+        return await run_sync(self._authenticate, bearer[1])
+
+
+class _Visit:
+    """One request's reply on its way out."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.name = f"req_{secrets.token_hex(16)}"
+        self.begun = False
+        self._send = send
+        self._started = time.monotonic()
+        scope.setdefault("state", {})["request_id"] = self.name
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.name
+            headers["openai-processing-ms"] = str(round(1000 * (time.monotonic() - self._started)))
+            headers.setdefault("x-content-type-options", "nosniff")
+        await self._send(message)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+def _is_upload(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] == "/v1/files"
+
+
+def _check_body(headers: Mapping[str, str], limit: int) -> None:
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(400, "A body must not be compressed.", code="invalid_value", param="content-encoding")
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit():
+        raise ApiError(400, "Content-Length must be a number.", code="invalid_value", param="content-length")
+    if len(length.lstrip("0")) > len(str(limit)) or int(length) > limit:
+        raise too_large(limit)
+
+
+def too_large(limit: int) -> ApiError:
+    """The body is longer than what is accepted."""
+    return ApiError(413, f"The body may have at most {limit:,} bytes.", code="request_too_large")
+
+
+def _limited(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:
+    """The same, until the body is too long: its length may not have been told, or wrongly."""
+    seen = 0
+
+    async def limited() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise too_large(limit)
+        return message
+
+    return limited
