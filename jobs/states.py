@@ -81,3 +81,11 @@ class BatchState(StrEnum):
     PAUSED = "paused"  # its client stopped; the same command goes on
     FINISHED = "finished"  # its output was handed over
     CANCELLED = "cancelled"
+
+
+class Role(StrEnum):
+    """What the holder of an API key may do."""
+
+    SUBMIT = "submit"  # hand in jobs, cancel them
+    READ = "read"  # see jobs and what came of them
+    ADMIN = "admin"  # both, and see workers and queues
