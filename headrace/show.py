@@ -21,6 +21,7 @@ from jobs.states import State
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from jobs.keys import KeyRecord
     from jobs.leases import Worker
     from jobs.schema import Job
     from producer.bulk import BulkReport
@@ -167,6 +168,24 @@ def workers(many: Sequence[Worker]) -> None:
     out().print(table if many else "no live workers")
 
 
+def keys(many: Sequence[KeyRecord]) -> None:
+    """A line for each API key, the names in full."""
+    table = _table("id", "tenant", "roles", "tier", "models", "tokens/min", "age", "state")
+    for one in many:
+        key, limit = one.key, one.key.quota_tokens_per_minute
+        table.add_row(
+            str(key.id),
+            Text(key.tenant_id),
+            ",".join(sorted(key.roles)),
+            Text(key.tier or ""),
+            Text("every" if key.models is None else ",".join(key.models)),
+            "" if limit is None else f"{limit:,}",
+            ago(one.created_at),
+            "live" if one.revoked_at is None else "revoked",
+        )
+    out().print(table if many else "no keys", soft_wrap=True)
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +216,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-_NUMBERS = {"age", "took", "running", "slots", "busy", "pid", "up"}
+_NUMBERS = {"age", "took", "running", "slots", "busy", "pid", "up", "tokens/min"}
 
 
 def state_text(state: State) -> Text:

@@ -99,3 +99,11 @@ class ApiBatchState(StrEnum):
     def final(self) -> bool:
         """Nothing changes it any more."""
         return self in {self.COMPLETED, self.FAILED, self.EXPIRED, self.CANCELLED}
+
+
+class Role(StrEnum):
+    """What the holder of an API key may do."""
+
+    SUBMIT = "submit"  # hand in jobs, cancel them
+    READ = "read"  # see jobs and what came of them
+    ADMIN = "admin"  # both, and see workers and queues

@@ -23,13 +23,14 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB
 from sqlalchemy.sql.schema import SchemaItem
 
-from jobs.states import FINAL, ApiBatchState, AttemptOutcome, BatchState, Lane, State, WorkerState
+from jobs.states import FINAL, ApiBatchState, AttemptOutcome, BatchState, Lane, Role, State, WorkerState
 
 metadata = MetaData(
     naming_convention={
@@ -74,6 +75,11 @@ def _job_key() -> Column[object]:
 def _one_of(column: str, values: type[StrEnum]) -> SchemaItem:
     names = ", ".join(f"'{value}'" for value in sorted(values))
     return CheckConstraint(f"{column} IN ({names})", name=f"{column}_known")
+
+
+def _roles() -> str:
+    names = ", ".join(f"'{role}'::text" for role in sorted(Role))
+    return f"ARRAY[{names}]"
 
 
 jobs = Table(
@@ -361,4 +367,36 @@ api_batches = Table(
         unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
+)
+
+# Who may come in over HTTP. The secret itself is nowhere; a revoked key stays, so that its id still means something.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),  # SHA-256 of the secret
+    Column("tier", Text),
+    Column("models", ARRAY(Text)),  # null: every model
+    Column("roles", ARRAY(Text), nullable=False),
+    _now("created_at"),
+    _time("rotated_at"),
+    _time("revoked_at"),
+    UniqueConstraint("digest"),
+    CheckConstraint("tenant_id <> ''", name="tenant_named"),
+    CheckConstraint(f"cardinality(roles) > 0 AND roles <@ {_roles()}", name="roles_known"),
+    Index("api_keys_tenant_id_idx", "tenant_id"),
+)
+
+# Tokens of a key that has a limit, in the minute that runs. Apart from the key: it is written to by every request.
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("key_id", Uuid, ForeignKey("api_keys.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("tokens_per_minute", BigInteger, nullable=False),
+    Column("used_tokens", BigInteger, nullable=False, server_default="0"),  # reserved ones too
+    _now("minute_began_at"),  # by the first request after the minute before was over
+    CheckConstraint("tokens_per_minute > 0", name="limit_positive"),
+    CheckConstraint("used_tokens >= 0", name="used_not_negative"),
 )

@@ -11,6 +11,7 @@ process. Needs Postgres to accept; does without Redis, only slower.
 from __future__ import annotations
 
 import builtins
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from jobs.dispatch import Dispatcher
 from jobs.errors import RequestInvalid, WaitTimeout
 from jobs.home import connected_settings
 from jobs.ids import new_id
+from jobs.keys import ApiKey
 from jobs.leases import Leases
 from jobs.schema import Call, Job, JobRequest
 from jobs.settings import Settings
@@ -55,6 +57,8 @@ class Producer:
         self.dispatcher = Dispatcher(self.settings, self.store.mark_published)
         self._signals = Signals(self.settings)
         self._ears = _Ears(self._signals)
+        self._key: ApiKey | None = None
+        self._shared = False  # whether another one closes what is used here
 
     def __enter__(self) -> Self:
         return self
@@ -67,8 +71,24 @@ class Producer:
     ) -> None:
         self.close()
 
+    def for_tenant(self, tenant_id: str) -> Self:
+        """The same for another tenant. Cheap: it shares the connections, which are this producer's to close."""
+        other = copy.copy(self)
+        other.tenant_id = tenant_id
+        other._key = None  # noqa: SLF001 - our own kind
+        other._shared = True  # noqa: SLF001
+        return other
+
+    def for_key(self, key: ApiKey) -> Self:
+        """The same for the tenant of a key, within the key's models and quota."""
+        other = self.for_tenant(key.tenant_id)
+        other._key = key  # noqa: SLF001 - our own kind
+        return other
+
     def close(self) -> None:
         """Let go of the servers. Jobs go on."""
+        if self._shared:
+            return
         self._ears.close()
         self.dispatcher.close()
         self._signals.close()
@@ -87,12 +107,12 @@ class Producer:
 
         `endpoint` and `call` say how it came over the API, if it did.
 
-        Raises RequestInvalid naming the field at fault, IdempotencyConflict, or StoreUnavailable; after the last one,
-        submitting again with the same `job_id` is safe.
+        Raises RequestInvalid naming the field at fault, IdempotencyConflict, Forbidden if the key is not for the model,
+        or StoreUnavailable; after the last one, submitting again with the same `job_id` is safe.
         """
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
-        checked = self.validator.check(request or JobRequest.parse(fields))
+        checked = self._check(request or JobRequest.parse(fields))
         accepted = self.store.accept(
             job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id, endpoint=endpoint, call=call
         )
@@ -102,6 +122,11 @@ class Producer:
         if accepted.state is State.QUEUED:
             self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
         return accepted.job
+
+    def _check(self, request: JobRequest) -> JobRequest:
+        if self._key is not None:
+            self._key.require_model(request.model)
+        return self.validator.check(request)
 
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
@@ -118,7 +143,7 @@ class Producer:
 
     def _line(self, number: int, fields: JobRequest | dict[str, Any]) -> Line:
         try:
-            request = self.validator.check(JobRequest.parse(fields))
+            request = self._check(JobRequest.parse(fields))
             for alone in ("conversation", "idempotency_key"):
                 if getattr(request, alone) is not None:
                     raise RequestInvalid(alone, "is not for a batch; use submit")  # noqa: TRY301 - one place adds the index

@@ -20,6 +20,7 @@ from headrace.migrations import upgrade
 from headrace.servers import Servers
 from jobs.dispatch import DRAIN, RUN_JOB, queue_name
 from jobs.errors import (
+    Forbidden,
     IdempotencyConflict,
     ModelUnknown,
     NotFound,
@@ -29,6 +30,7 @@ from jobs.errors import (
 )
 from jobs.home import NoStack
 from jobs.ids import new_id
+from jobs.keys import ApiKey
 from jobs.schema import Job, JobRequest
 from jobs.settings import Settings
 from jobs.signals import ENDED, Signals
@@ -458,3 +460,32 @@ def test_a_prompt_as_long_as_is_accepted(settings: Settings, tables: Tables) -> 
         with pytest.raises(RequestInvalid, match="HEADRACE_MAX_PROMPT_BYTES"):
             client.submit(model="echo", prompt=longest + ".")
     assert tables.count("jobs") == 1
+
+
+# -- on behalf of others ------------------------------------------------------------------------------------------
+
+
+def test_a_producer_acts_for_other_tenants_over_the_same_connections(client: Producer) -> None:
+    """Each sees its own jobs alone, and to close one of them closes nothing of the others."""
+    acme, zeta = client.for_tenant("acme"), client.for_tenant("zeta")
+    job = acme.submit(model="echo", prompt="hello")
+    acme.close()
+    assert acme.get(job.id).tenant_id == "acme"
+    for other in (client, zeta):
+        with pytest.raises(NotFound):
+            other.get(job.id)
+        with pytest.raises(NotFound):
+            other.cancel(job.id)
+        assert other.list() == []
+    assert acme.database is client.database
+
+
+def test_a_producer_for_a_key_keeps_to_its_models(client: Producer) -> None:
+    """What the key is not for is refused before there is a row, alone or among many."""
+    acme = client.for_key(ApiKey(new_id(), "acme", models=("echo",)))
+    assert acme.submit(model="echo", prompt="hello").tenant_id == "acme"
+    with pytest.raises(Forbidden):
+        acme.submit(model="tiny-chat", prompt="hello")
+    with pytest.raises(Forbidden):
+        acme.submit_many([{"model": "echo", "prompt": "a"}, {"model": "tiny-chat", "prompt": "b"}])
+    assert len(acme.list()) == 1

@@ -23,7 +23,7 @@ WAITING_FOR_A_LOCK = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
 # In this order: what refers to a row goes before it, and the rest goes with it.
-_TABLES = ("jobs", "batches", "workers", "ledger", "conversations")
+_TABLES = ("jobs", "batches", "workers", "ledger", "conversations", "api_keys")
 
 
 def request_of(**fields: Any) -> JobRequest:

@@ -7,6 +7,7 @@ import re
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer.main
@@ -108,10 +109,13 @@ def _commands() -> dict[str, set[str]]:
     from headrace.cli import app
 
     group = typer.main.get_command(app)
-    return {
-        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
-    }
+    return {name: _options(command) for name, command in group.commands.items()}  # type: ignore[attr-defined]
+
+
+def _options(command: Any) -> set[str]:
+    """Its own, and those of the commands within it."""
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(_options(one) for one in getattr(command, "commands", {}).values()))
 
 
 def _shown(page: Path) -> list[tuple[str, str]]:
