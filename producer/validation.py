@@ -46,6 +46,14 @@ class Validator:
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
 
+    def context_tokens(self, model: str) -> int | None:
+        """How long prompt and answer of this model may be together; None if that is not known without loading it."""
+        form = self._formats.get(model)
+        try:
+            return form.context_tokens if form else self._catalog.get(model).context_tokens
+        except CatalogError:
+            return None
+
     def _spec(self, model: str) -> ModelSpec:
         try:
             return self._catalog.get(model)

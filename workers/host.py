@@ -23,12 +23,14 @@ from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.states import AttemptOutcome, Lane, State
 from jobs.store import Claim, Settled, Settlement, Store, Waiting
+from jobs.streams import Piece, Streams
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
 from workers.committer import Committer
 from workers.engine_link import EngineLink
 from workers.loops import Loop
 from workers.sweeper import Sweeper
+from workers.telling import PieceTeller
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Held:
 
     claim: Claim
     stop: Stop | None = None
+    pieces: list[Piece] = field(default_factory=list)  # told so far, if it is streamed
 
     @property
     def request_id(self) -> str:
@@ -130,6 +133,7 @@ class Host:
         self.dispatcher = Dispatcher(settings, self.store.mark_published)
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
+        self.teller = PieceTeller(Streams(settings, self._signals))
         sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
         self._loops = [
             Loop("heartbeat", settings.heartbeat_seconds, self.beat),
@@ -153,6 +157,7 @@ class Host:
         self.served_by = f"{health.model} on {health.engine}, {health.quantization}, {health.device}"
         self._register()
         self.committer.start()
+        self.teller.start()
         self._listener.start()
         for loop in self._loops:
             loop.start()
@@ -188,6 +193,7 @@ class Host:
         for loop in self._loops:
             loop.stop()
         self.committer.close()
+        self.teller.close()
         last_load = self._load()
         self.engine.close()
         self._say_goodbye(last_load)

@@ -33,7 +33,7 @@ class Door:
     """The outermost layer of the application."""
 
     def __init__(
-        self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int, prefix: str = ""
+        self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int
     ) -> None:
         self._app = app
         self._authenticate = authenticate

@@ -12,7 +12,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from jobs.errors import IdempotencyConflict, ModelUnknown, NotFound, RequestInvalid, StoreUnavailable, Unauthorized
+from jobs.errors import (
+    Forbidden,
+    IdempotencyConflict,
+    ModelUnknown,
+    NotFound,
+    QuotaExceeded,
+    RequestInvalid,
+    StoreUnavailable,
+    Unauthorized,
+)
 from jobs.schema import Job
 from jobs.states import State
 from producer.openai.objects import error_body
@@ -104,6 +113,14 @@ _OURS: Mapping[type[Exception], Any] = {
     NotFound: lambda error: ApiError(404, str(error)),
     IdempotencyConflict: lambda error: ApiError(409, str(error), code="idempotency_conflict", headers=FINAL),
     Unauthorized: lambda _: ApiError(401, "Incorrect API key provided.", code="invalid_api_key"),
+    Forbidden: lambda error: ApiError(403, str(error), code="permission_denied"),
+    QuotaExceeded: lambda error: ApiError(
+        429,
+        str(error),
+        kind="tokens",
+        code="rate_limit_exceeded",
+        headers=retry_after(error.retry_after_seconds),
+    ),
     StoreUnavailable: lambda _: ApiError(
         503,
         "The service is not available at the moment.",

@@ -86,7 +86,7 @@ def _completion(job: Answered, prefix: str, kind: str) -> Object:
         "object": kind,
         "created": _unix(job.created_at),
         "model": job.model,
-        "usage": _usage(job.usage or Usage()),
+        "usage": usage_object(job.usage or Usage()),
         # What ran: two answers with the same fingerprint, seed and prompt should be the same.
         "system_fingerprint": job.served_by,
     }
@@ -96,8 +96,8 @@ def _chat_choice(choice: Choice) -> Object:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None if choice.logprobs is None else {"content": _tokens(choice.logprobs), "refusal": None},
-        "finish_reason": _finish_reason(choice),
+        "logprobs": None if choice.logprobs is None else {"content": token_objects(choice.logprobs), "refusal": None},
+        "finish_reason": finish_reason(choice),
     }
 
 
@@ -105,12 +105,12 @@ def _text_choice(choice: Choice) -> Object:
     return {
         "index": choice.index,
         "text": choice.text,
-        "logprobs": None if choice.logprobs is None else _columns(choice.text, choice.logprobs),
-        "finish_reason": _finish_reason(choice),
+        "logprobs": None if choice.logprobs is None else columns(choice.text, choice.logprobs),
+        "finish_reason": finish_reason(choice),
     }
 
 
-def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Object]:
+def token_objects(logprobs: Sequence[TokenLogprob]) -> list[Object]:
     """Log probabilities as chat completions and responses have them: an object for each token."""
     return [
         _token(one.token, one.logprob) | {"top_logprobs": [_token(token, value) for token, value in one.top]}
@@ -122,8 +122,10 @@ def _token(token: str, logprob: float | None) -> Object:
     return {"token": token, "bytes": list(_bytes_of(token)), "logprob": logprob}
 
 
-def _columns(text: str, logprobs: Sequence[TokenLogprob]) -> Object:
+def columns(text: str, logprobs: Sequence[TokenLogprob], offset: int = 0) -> Object:
     """Log probabilities as completions have them: a list for each kind of fact, null for what nothing comes before.
+
+    The text is the part behind `offset` characters.
 
     The alternatives are keyed by text, the token itself among them: of two with the same text the likelier one stays.
     """
@@ -133,7 +135,7 @@ def _columns(text: str, logprobs: Sequence[TokenLogprob]) -> Object:
         "top_logprobs": [
             None if one.logprob is None else dict([(one.token, one.logprob), *reversed(one.top)]) for one in logprobs
         ],
-        "text_offset": list(_offsets(text, logprobs)),
+        "text_offset": [offset + start for start in _offsets(text, logprobs)],
     }
 
 
@@ -155,12 +157,13 @@ def _bytes_of(token: str) -> bytes:
     return token.encode()
 
 
-def _finish_reason(choice: Choice) -> str:
+def finish_reason(choice: Choice) -> str:
     """The wire knows two of ours; whatever else cut an answer short looks like its length."""
     return "stop" if choice.finish_reason == "stop" else "length"
 
 
-def _usage(usage: Usage) -> Object:
+def usage_object(usage: Usage) -> Object:
+    """The usage of chats and completions."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -180,7 +183,7 @@ def _response_usage(usage: Usage) -> Object:
 
 
 def _response_status(job: Answered) -> str:
-    if job.state is State.SUCCEEDED and _finish_reason(job.choices[0]) == "length":
+    if job.state is State.SUCCEEDED and finish_reason(job.choices[0]) == "length":
         return "incomplete"
     return _STATUS[job.state]
 
@@ -199,7 +202,9 @@ def _message_item(job: Answered, status: str) -> Object:
         "type": "message",
         "role": "assistant",
         "status": status if status in {"completed", "in_progress"} else "incomplete",
-        "content": [{"type": "output_text", "text": job.text, "annotations": [], "logprobs": _tokens(_first(job))}],
+        "content": [
+            {"type": "output_text", "text": job.text, "annotations": [], "logprobs": token_objects(_first(job))}
+        ],
     }
 
 
