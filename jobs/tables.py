@@ -333,9 +333,10 @@ api_batches = Table(
     Column("error_file_id", Uuid),
     Column("output_seconds", Integer),  # how long its output files are kept; null: 30 days
     Column("idempotency_key", Text),
+    Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
     Column("metadata", JSON),
     Column("errors", JSON),  # faults of the file as a whole
-    Column("counts", JSON),  # of the requests, once it has ended
+    Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them
     _now("created_at"),
     _time("in_progress_at"),
     _time("finalizing_at"),

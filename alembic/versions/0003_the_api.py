@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("error_file_id", sa.Uuid(), nullable=True),
         sa.Column("output_seconds", sa.Integer(), nullable=True),
         sa.Column("idempotency_key", sa.Text(), nullable=True),
+        sa.Column("models", postgresql.ARRAY(sa.Text()), nullable=True),
         sa.Column("metadata", postgresql.JSON(astext_type=sa.Text()), nullable=True),
         sa.Column("errors", postgresql.JSON(astext_type=sa.Text()), nullable=True),
         sa.Column("counts", postgresql.JSON(astext_type=sa.Text()), nullable=True),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import orjson
 
 from jobs.batches import Line, Rejection
 from jobs.errors import RequestInvalid
 from jobs.schema import JobError, JobRequest
-from producer.bulk.options import BulkOptions
 from producer.openai.lines import batch_line, custom_id
 from producer.openai.requests import CHAT, ENDPOINTS, renamed, translate
 
@@ -25,6 +24,32 @@ _LINE_SLACK_BYTES = 64_000
 _SKIP_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _REMEMBERED_MODELS = 1000
+
+
+class LineOptions(Protocol):
+    """What is asked of every line; see `BulkOptions`."""
+
+    @property
+    def model(self) -> str | None: ...
+
+    @property
+    def prompt_field(self) -> str | None: ...
+
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    @property
+    def temperature(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AsTheyAre:
+    """Nothing: the lines are those of a batch file, and say everything themselves."""
+
+    model: None = None
+    prompt_field: None = None
+    max_tokens: None = None
+    temperature: None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +123,7 @@ class LineReader:
 
     def __init__(
         self,
-        options: BulkOptions,
+        options: LineOptions,
         check: Callable[[JobRequest], JobRequest],
         max_prompt_bytes: int,
         max_attempts: int,

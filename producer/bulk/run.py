@@ -18,8 +18,9 @@ from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.states import BatchState
 from producer.bulk.errors import BulkError, BulkPaused, BulkRefused
+from producer.bulk.intake import Intake
 from producer.bulk.options import BulkOptions
-from producer.bulk.reading import LineReader, RawLine, chunks
+from producer.bulk.reading import LineReader
 from producer.bulk.sidecar import Link, Sidecar, digest
 from producer.bulk.writing import Handover
 from producer.client import Producer
@@ -196,29 +197,17 @@ class BulkRun:
         reader = LineReader(
             self.options, self._producer.validator.check, settings.max_prompt_bytes, settings.max_attempts
         )
-        size, last_line = self._link.input_bytes, self._batch.input_lines
+        intake = Intake(self._batches, self._batch, reader, self._steadily)
         with self.options.input.open("rb") as file:
-            for chunk in chunks(file, self._offset, size, last_line, reader.max_bytes):
-                self._take_in_chunk(reader, chunk)
+            for models in intake.run(file, self._link.input_bytes):
+                self._offset = intake.offset
+                self._need(models)
+                self._check_pause()
+                self._look_or_tell()
         self._check_whole()
         self._steadily(lambda: self._batches.filled(self.batch_id))
         for model in self._models:  # once more: hints may be lost
             self._producer.dispatcher.hint_bulk(model)
-
-    def _take_in_chunk(self, reader: LineReader, chunk: list[RawLine]) -> None:
-        lines, rejections = reader.read(
-            chunk, lambda ids: self._steadily(lambda: self._batches.known(self.batch_id, ids))
-        )
-        start, end, last_line = self._offset, chunk[-1].end, chunk[-1].number
-        self._steadily(
-            lambda: self._batches.take_in(
-                self._batch, lines, rejections, start_offset=start, end_offset=end, last_line=last_line
-            )
-        )
-        self._offset = end
-        self._need(line.request.model for line in lines)
-        self._check_pause()
-        self._look_or_tell()
 
     def _need(self, models: Iterable[str]) -> None:
         """There are rows for these."""

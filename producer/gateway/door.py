@@ -32,9 +32,7 @@ _BEARER = re.compile(r"Bearer +(\S{1,512}) *", re.IGNORECASE)
 class Door:
     """The outermost layer of the application."""
 
-    def __init__(
-        self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int) -> None:
         self._app = app
         self._authenticate = authenticate
         self._body_bytes = body_bytes

@@ -12,8 +12,9 @@ from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
 from jobs.errors import ModelUnknown
-from jobs.keys import ApiKey, Keys, Role
+from jobs.keys import ApiKey, Role
 from jobs.schema import JobRequest
+from producer.batch_runs import BatchRunner
 from producer.client import Producer
 from producer.following import Follower
 from producer.gateway.admission import Admission
@@ -27,9 +28,9 @@ class Gateway:
     """One process's parts."""
 
     producer: Producer
-    keys: Keys
     follower: Follower
     admission: Admission
+    runner: BatchRunner
     configured: frozenset[str]  # names of models that have a table, or come with us
 
     def models(self) -> list[str]:
@@ -41,14 +42,17 @@ class Gateway:
 async def opened(producer: Producer) -> AsyncIterator[Gateway]:
     """The gateway's parts, at work."""
     admission = Admission(producer)
+    configured = frozenset(catalog_of(producer.settings).names())
+    runner = BatchRunner(producer, lambda model: model in configured or model in admission.served)
     async with Follower(producer) as follower:
         looking = asyncio.create_task(admission.run())
+        runner.start()
         try:
-            configured = frozenset(catalog_of(producer.settings).names())
-            yield Gateway(producer, Keys(producer.database), follower, admission, configured)
+            yield Gateway(producer, follower, admission, runner, configured)
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
+            await run_sync(runner.close)
 
 
 @dataclass(frozen=True, slots=True)
