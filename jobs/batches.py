@@ -99,6 +99,7 @@ class Ended:
     error: JobError | None
     served_by: str | None
     conversation: None = None  # a batch has no turns
+    call: None = None  # nor did its requests come over the API by themselves
 
     @property
     def text(self) -> str:

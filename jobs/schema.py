@@ -346,8 +346,8 @@ class Call(Frozen):
     """Whether it can be retrieved and gone on from."""
     previous: UUID | None = None
     """The response that it goes on from."""
-    items: tuple[dict[str, Any], ...] = ()
-    """Its own input, as items of the API: without ids, and without what came before."""
+    own_messages: int | None = None
+    """How many messages at the end of the request are its own input; None: all of them."""
     echo: dict[str, Any] = Field(default_factory=dict)
     """Fields of the answer that are those of the request."""
 

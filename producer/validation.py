@@ -46,6 +46,12 @@ class Validator:
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
 
+    def prompt_tokens(self, request: JobRequest) -> int:
+        """Tokens of the rendered prompt. Raises RequestInvalid."""
+        spec = self._spec(request.model)
+        self._check_size(request)
+        return _prompt_tokens(self._format(spec), request)
+
     def context_tokens(self, model: str) -> int | None:
         """How long prompt and answer of this model may be together; None if that is not known without loading it."""
         form = self._formats.get(model)

@@ -9,12 +9,19 @@ from fastapi import FastAPI, Response
 
 from jobs.keys import Keys
 from producer.client import Producer
-from producer.gateway import batches, completions, errors, files, models
+from producer.gateway import batches, completions, conversations, errors, files, models, responses
 from producer.gateway.door import Door
 from producer.gateway.errors import json_reply
 from producer.gateway.service import opened
 
-_ROUTERS = (models.router, files.router, batches.router, completions.router)
+_ROUTERS = (
+    models.router,
+    files.router,
+    batches.router,
+    responses.router,
+    conversations.router,
+    completions.router,
+)
 # Beside the file itself: the other fields of the form.
 _FORM_BYTES = 100_000
 

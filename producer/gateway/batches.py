@@ -14,7 +14,7 @@ from jobs.ids import new_id
 from jobs.states import ApiBatchState
 from producer.gateway.errors import FINAL, ApiError, json_reply, not_found
 from producer.gateway.files import expiry_seconds, found_file, optional_name, page, unix
-from producer.gateway.intake import json_object, limit_of, metadata_of, required, typed
+from producer.gateway.intake import idempotency_key_of, json_object, limit_of, metadata_of, required, typed
 from producer.gateway.names import BATCH, FILE, cursor_of, id_of, named
 from producer.gateway.service import Reader, Submitter, Visitor, in_thread
 from producer.openai.requests import ENDPOINTS
@@ -44,7 +44,7 @@ async def create(request: Request, visitor: Submitter) -> Response:
         input_file_id=file.id,
         metadata=metadata,
         output_seconds=seconds,
-        idempotency_key=request.headers.get("idempotency-key"),
+        idempotency_key=idempotency_key_of(request),
         models=visitor.key.models,
     )
     batch = await in_thread(work)

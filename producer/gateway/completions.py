@@ -10,14 +10,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from jobs.errors import HeadraceError, RequestInvalid
-from jobs.schema import Job, JobRequest, Usage
+from jobs.schema import Job, Usage
 from producer.gateway.errors import ApiError, json_reply, of_job, translated
-from producer.gateway.intake import json_object, typed
+from producer.gateway.intake import idempotency_key_of, json_object, typed
 from producer.gateway.running import PING, EventStream, Flight, Flights, Order, pieces_of, run
 from producer.gateway.service import Submitter, Visitor
 from producer.openai.chunks import Chunks
 from producer.openai.objects import Object, answer
-from producer.openai.requests import CHAT, COMPLETIONS, Asked, translate
+from producer.openai.requests import CHAT, COMPLETIONS, translate
 from producer.telling import Diverged, Told
 
 router = APIRouter(tags=["completions"])
@@ -53,7 +53,7 @@ async def _answer(
     request: Request, visitor: Visitor, endpoint: str, body: dict[str, Any], bodies: Sequence[dict[str, Any]]
 ) -> Response:
     form = _form(body)
-    key = request.headers.get("idempotency-key")
+    key = idempotency_key_of(request)
     orders = [_order(endpoint, one, form, key, index) for index, one in enumerate(bodies)]
     if form.stream:
         return await _stream(visitor, endpoint, orders, form)
@@ -86,16 +86,7 @@ def _order(endpoint: str, body: dict[str, Any], form: _Form, key: str | None, in
     # What is echoed has log probabilities that are known at the end alone: it is told then, in one piece.
     if form.stream and not asked.request.echo:
         asked = replace(asked, request=asked.request.model_copy(update={"stream": True}))
-    return Order(endpoint, asked, idempotency_key=_key_of(key, index, asked))
-
-
-def _key_of(key: str | None, index: int, asked: Asked) -> str | None:
-    """The caller's key; with several prompts each job has one of its own. Raises RequestInvalid."""
-    if key is None:
-        return None
-    named = f"{key}#{index}" if index else key
-    JobRequest.parse(asked.request.model_dump(exclude_unset=True) | {"idempotency_key": named})
-    return named
+    return Order(endpoint, asked, idempotency_key=f"{key}#{index}" if key and index else key)
 
 
 def _merged(answers: Sequence[Object]) -> Object:

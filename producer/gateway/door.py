@@ -46,6 +46,7 @@ class Door:
         visit = _Visit(scope, send)
         try:
             limit = self._file_bytes if _is_upload(scope) else self._body_bytes
+            _check_address(scope)
             _check_body(Headers(scope=scope), limit)
             if not _is_open(scope["path"]):
                 scope.setdefault("state", {})["caller"] = await self._caller(Headers(scope=scope))
@@ -90,6 +91,12 @@ def _is_open(path: str) -> bool:
 
 def _is_upload(scope: Scope) -> bool:
     return scope["method"] == "POST" and scope["path"] == "/v1/files"
+
+
+def _check_address(scope: Scope) -> None:
+    """No id and no parameter holds a NUL character, and Postgres takes none."""
+    if "\0" in scope["path"] or b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        raise ApiError(400, "The address holds a NUL character.", code="invalid_value", param="url")
 
 
 def _check_body(headers: Mapping[str, str], limit: int) -> None:

@@ -66,6 +66,16 @@ def required(body: dict[str, Any], name: str, kind: type, words: str) -> Any:
     return value
 
 
+def idempotency_key_of(request: Request) -> str | None:
+    """The request's name, if it has one. Raises ApiError."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+        message = f"Idempotency-Key: must have 1 to {MAX_KEY_CHARACTERS} characters"
+        raise ApiError(400, message, code="invalid_value", param="Idempotency-Key")
+    return key
+
+
+MAX_KEY_CHARACTERS = 200
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512

@@ -41,6 +41,11 @@ class Order:
     idempotency_key: str | None = None
 
     @property
+    def stays(self) -> bool:
+        """Whether the job goes on when its client goes: who names a request means to come back for it."""
+        return self.idempotency_key is not None or (self.call is not None and self.call.background)
+
+    @property
     def request(self) -> JobRequest:
         """What is to be run."""
         request = self.asked.request
@@ -57,20 +62,18 @@ class Flight:
 
 
 class Flights:
-    """The jobs of one request. Close it when the request is over: what has not ended is cancelled then.
-
-    Not if it was given an idempotency key: who names a request means to come back for it.
-    """
+    """The jobs of one request. Close it when the request is over: what has not ended and does not stay is cancelled."""
 
     def __init__(self, visitor: Visitor) -> None:
         self._visitor = visitor
         self._ears = ExitStack()
         self._all: list[Flight] = []
 
-    async def start(self, orders: Sequence[Order], *, foreground: bool = True) -> list[Flight]:
+    async def start(self, orders: Sequence[Order]) -> list[Flight]:
         """Submit all. Raises ApiError, RequestInvalid in the caller's terms, and what `Producer.submit` raises."""
         model = orders[0].request.model
         self._visitor.require_model(model)
+        foreground = orders[0].call is None or not orders[0].call.background
         await self._visitor.gateway.admission.admit(model, foreground=foreground, jobs=len(orders))
         try:
             for order in orders:
@@ -83,17 +86,23 @@ class Flights:
     async def _start(self, order: Order) -> Flight:
         job_id = new_id()
         # Listening begins before the submit, so that nothing is missed.
-        ear = self._listen(job_id, order)
+        ear = self._listen(job_id, streamed=order.request.stream)
         job = await in_thread(partial(self._submit, order, job_id))
         if job.id != job_id:  # the same request was accepted before
-            ear = self._listen(job.id, order)
+            ear = self._listen(job.id, streamed=order.request.stream)
         if job.state.final:
             ear.hear_end()
         return Flight(order, job, ear)
 
-    def _listen(self, job_id: UUID, order: Order) -> Ear:
-        follower = self._visitor.gateway.follower
-        return self._ears.enter_context(follower.ear(job_id, streamed=order.request.stream))
+    def listen(self, job: Job) -> Ear:
+        """An ear at a job that was submitted before, whose pieces are wanted."""
+        ear = self._listen(job.id, streamed=True)
+        if job.state.final:
+            ear.hear_end()
+        return ear
+
+    def _listen(self, job_id: UUID, *, streamed: bool) -> Ear:
+        return self._ears.enter_context(self._visitor.gateway.follower.ear(job_id, streamed=streamed))
 
     def _submit(self, order: Order, job_id: UUID) -> Job:
         def submit(request: JobRequest) -> JobRequest:
@@ -109,7 +118,7 @@ class Flights:
         """Cancel what has not ended."""
         with CancelScope(shield=True):
             for flight in self._all:
-                if not flight.ear.ended and flight.order.idempotency_key is None:
+                if not flight.ear.ended and not flight.order.stays:
                     await self._cancel(flight.job.id)
         self._ears.close()
 

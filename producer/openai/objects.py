@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 from jobs.batches import Ended
-from jobs.schema import Choice, Job, TokenLogprob, Usage
+from jobs.schema import Call, Choice, Job, TokenLogprob, Usage
 from jobs.states import State
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 
@@ -41,28 +41,29 @@ def text_completion(job: Answered) -> Object:
     return _completion(job, "cmpl", "text_completion") | {"choices": [_text_choice(c) for c in job.choices]}
 
 
-def response(job: Answered, echo: Mapping[str, Any] | None = None) -> Object:
-    """A Response. `echo` is what it repeats of its request, where whoever answers still knows that."""
+def response(job: Answered) -> Object:
+    """A Response. What it repeats of its request is known if it came over the API by itself."""
     status = _response_status(job)
+    call = job.call or Call()
     return {
         "id": f"resp_{job.id.hex}",
         "object": "response",
         "created_at": _unix(job.created_at),
         "completed_at": _unix(job.finished_at) if status == "completed" and job.finished_at else None,
         "status": status,
-        "background": False,
+        "background": call.background,
         "error": _response_error(job),
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "instructions": None,
         "max_output_tokens": None,
         "model": job.model,
-        "output": [_message_item(job, status)] if job.choices else [],
+        "output": [message_item(job, status)] if job.choices else [],
         "parallel_tool_calls": True,
-        "previous_response_id": None,
+        "previous_response_id": f"resp_{call.previous.hex}" if call.previous else None,
         "conversation": {"id": job.conversation} if job.conversation else None,
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
-        "store": True,
+        "store": call.stored,
         "temperature": None,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
@@ -71,7 +72,7 @@ def response(job: Answered, echo: Mapping[str, Any] | None = None) -> Object:
         "truncation": "disabled",
         "usage": _response_usage(job.usage) if job.state.final and job.usage else None,
         "metadata": dict(job.metadata),
-        **(echo or {}),
+        **call.echo,
     }
 
 
@@ -196,20 +197,24 @@ def _response_error(job: Answered) -> Object | None:
     return {"code": "server_error", "message": reason}
 
 
-def _message_item(job: Answered, status: str) -> Object:
+def message_item(job: Answered, status: str) -> Object:
+    """The answer as an item of a response of this status."""
     return {
         "id": f"msg_{job.id.hex}",
         "type": "message",
         "role": "assistant",
         "status": status if status in {"completed", "in_progress"} else "incomplete",
-        "content": [
-            {"type": "output_text", "text": job.text, "annotations": [], "logprobs": token_objects(_first(job))}
-        ],
+        "content": [text_part(job.text, _first(job))],
     }
 
 
+def text_part(text: str, logprobs: Sequence[TokenLogprob] = ()) -> Object:
+    """The one part that an answer's message has."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": token_objects(logprobs)}
+
+
 def _first(job: Answered) -> Sequence[TokenLogprob]:
-    return job.choices[0].logprobs or ()
+    return (job.choices[0].logprobs or ()) if job.choices else ()
 
 
 def _unix(moment: datetime) -> int:

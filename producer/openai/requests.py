@@ -167,12 +167,12 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
 def _chat_prompt(given: Body) -> dict[str, Any]:
-    return {"messages": _messages("messages", _typed(given, "messages"))}
+    return {"messages": messages_of("messages", _typed(given, "messages"))}
 
 
 def _response_prompt(given: Body) -> dict[str, Any]:
     asked = _typed(given, "input")
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _messages("input", asked)
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else messages_of("input", asked)
     return {
         "messages": messages,
         "instructions": _optional(given, "instructions"),
@@ -188,7 +188,8 @@ def _response_format(form: Any) -> Any:
     return form
 
 
-def _messages(path: str, items: Sequence[Any]) -> list[dict[str, str]]:
+def messages_of(path: str, items: Sequence[Any]) -> list[dict[str, str]]:
+    """Messages with plain text, of those in any form of the wire. Raises RequestInvalid."""
     if not items:
         raise RequestInvalid(path, "must not be empty")
     return [_message(f"{path}[{index}]", item) for index, item in enumerate(items)]
