@@ -70,6 +70,8 @@ class Record:
     models: list[str]  # those that the stack keeps a worker for
     model_tables: dict[str, dict[str, Any]]  # `[models.NAME]` of its settings, so that its clients know them too
     started_at: str  # ISO 8601, UTC
+    gateway_url: str | None = None  # clients append `/v1`
+    gateway_key: str | None = field(default=None, repr=False)  # of the local tenant; good while the stack is up
 
 
 class Home:

@@ -96,5 +96,5 @@ def _read(entries: Sequence[tuple[bytes, dict[bytes, bytes]]], position: str) ->
 
 
 def _piece(fields: list[Any]) -> Piece:
-    *plain, logprobs = fields
-    return Piece(*plain, tuple(TokenLogprob.model_validate(one) for one in logprobs))
+    attempt, number, choice, text, tokens, logprobs = fields
+    return Piece(attempt, number, choice, text, tokens, tuple(TokenLogprob.model_validate(one) for one in logprobs))

@@ -57,9 +57,9 @@ class FileCheck:
             self.faults.append(Fault(error.code, error.message, line.number, error.field))
 
     def _check(self, fields: dict[str, Any]) -> None:
-        for name in _REQUIRED:
-            if fields.get(name) is None:
-                raise RequestInvalid(name, f"`{name}` is missing.", "missing_required_parameter")
+        for required in _REQUIRED:
+            if fields.get(required) is None:
+                raise RequestInvalid(required, f"`{required}` is missing.", "missing_required_parameter")
         name = custom_id(fields)
         digest = hashlib.blake2b(str(name).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in self._seen:

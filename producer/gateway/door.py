@@ -90,7 +90,7 @@ def _is_open(path: str) -> bool:
 
 
 def _is_upload(scope: Scope) -> bool:
-    return scope["method"] == "POST" and scope["path"] == "/v1/files"
+    return (scope["method"], scope["path"]) == ("POST", "/v1/files")
 
 
 def _check_address(scope: Scope) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -109,7 +109,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{name}: {fault['msg']}", code="invalid_value", param=name)
 
 
-_OURS: Mapping[type[Exception], Any] = {
+_OURS: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     NotFound: lambda error: ApiError(404, str(error)),
     IdempotencyConflict: lambda error: ApiError(409, str(error), code="idempotency_conflict", headers=FINAL),
     Unauthorized: lambda _: ApiError(401, "Incorrect API key provided.", code="invalid_api_key"),

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 from anyio import CancelScope
@@ -15,13 +16,13 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jobs.errors import HeadraceError
+from jobs.errors import HeadraceError, RequestInvalid
 from jobs.ids import new_id
 from jobs.schema import Call, Job, JobRequest
 from producer.following import Ear
 from producer.gateway.errors import ApiError
 from producer.gateway.service import Visitor, in_thread
-from producer.openai.requests import Asked
+from producer.openai.requests import Asked, renamed
 from producer.telling import Teller, Told
 
 log = logging.getLogger(__name__)
@@ -105,14 +106,10 @@ class Flights:
         return self._ears.enter_context(self._visitor.gateway.follower.ear(job_id, streamed=streamed))
 
     def _submit(self, order: Order, job_id: UUID) -> Job:
-        def submit(request: JobRequest) -> JobRequest:
-            nonlocal job
-            job = self._visitor.producer.submit(request, job_id=job_id, endpoint=order.endpoint, call=order.call)
-            return request
-
-        job: Job
-        Asked(order.request, order.asked.names).checked(submit)
-        return job
+        try:
+            return self._visitor.producer.submit(order.request, job_id=job_id, endpoint=order.endpoint, call=order.call)
+        except RequestInvalid as error:
+            raise renamed(error, order.asked.names) from None
 
     async def close(self) -> None:
         """Cancel what has not ended."""
@@ -147,11 +144,11 @@ async def run(request: Request, visitor: Visitor, orders: Sequence[Order]) -> li
         await flights.close()
 
 
-async def unless_gone(request: Request, work: asyncio.Future[object]) -> None:
+async def unless_gone(request: Request, work: asyncio.Future[Any]) -> None:
     """Wait for it. Raises ClientGone if the client closes the connection before."""
     gone = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientGone
     finally:
