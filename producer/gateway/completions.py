@@ -24,7 +24,6 @@ router = APIRouter(tags=["completions"])
 
 # Each is a job of its own.
 MAX_PROMPTS = 128
-MAX_BODY_STOPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,8 @@ def _prompts(body: dict[str, Any]) -> Sequence[dict[str, Any]]:
     prompt = body.get("prompt")
     if not isinstance(prompt, list) or len(prompt) < 2 or all(type(one) is int for one in prompt):  # noqa: PLR2004
         return [body]
+    if not all(isinstance(one, str) for one in prompt) and not all(isinstance(one, list) for one in prompt):
+        raise RequestInvalid("prompt", "must be a text, token ids, or a list of either", "invalid_type")
     if len(prompt) > MAX_PROMPTS:
         raise RequestInvalid("prompt", f"may hold at most {MAX_PROMPTS} prompts")
     return [{**body, "prompt": [one]} for one in prompt]

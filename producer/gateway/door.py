@@ -26,6 +26,7 @@ Authenticate = Callable[[str], Any]
 # Paths that need no key.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/login"})
 OPEN_FOLDERS = ("/static/",)
+_CLOSE = {"Connection": "close"}
 _BEARER = re.compile(r"Bearer +(\S{1,512}) *", re.IGNORECASE)
 
 
@@ -56,13 +57,19 @@ class Door:
                 log.exception("request %s failed", visit.name)
             if visit.begun:
                 raise
-            await reply_to(translated(error))(scope, receive, visit.send)
+            await reply_to(_parting(translated(error)))(scope, receive, visit.send)
 
     async def _caller(self, headers: Mapping[str, str]) -> Any:
         bearer = _BEARER.fullmatch(headers.get("authorization", ""))
         if bearer is None:
             raise Unauthorized("no key")
         return await run_sync(self._authenticate, bearer[1])
+
+
+def _parting(refusal: ApiError) -> ApiError:
+    """What was refused at the door may have a body that nobody reads: without this, a server reads on to its end."""
+    refusal.headers |= _CLOSE
+    return refusal
 
 
 class _Visit:
@@ -111,7 +118,7 @@ def _check_body(headers: Mapping[str, str], limit: int) -> None:
 
 def too_large(limit: int) -> ApiError:
     """The body is longer than what is accepted."""
-    return ApiError(413, f"The body may have at most {limit:,} bytes.", code="request_too_large")
+    return ApiError(413, f"The body may have at most {limit:,} bytes.", code="request_too_large", headers=_CLOSE)
 
 
 def _limited(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:

@@ -57,7 +57,7 @@ def test_no_route_without_a_key(gateway: RunningGateway, http: httpx2.Client) ->
 
 
 @pytest.mark.parametrize(
-    "header", ["", "Bearer", "Bearer ", "Basic eDp5", "Bearer x y", "bearer nothing", "Bearer " + "k" * 5_000, "hr-x"]
+    "header", ["", "Bearer", "Basic eDp5", "Bearer x y", "bearer nothing", "Bearer " + "k" * 5_000, "hr-x"]
 )
 def test_no_other_word_lets_in(gateway: RunningGateway, header: str) -> None:
     """Whatever the header looks like."""
@@ -161,7 +161,6 @@ SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "s
         (CHAT, chat(stream="yes")),
         (CHAT, chat(stream_options=[])),
         (CHAT, chat(response_format=SCHEMA)),  # echo only repeats
-        (CHAT, chat(model="tiny-chat", regex="(a{1,1000}){1,1000}" * 500)),
         (
             CHAT,
             chat(
