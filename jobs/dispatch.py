@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
 
 import redis
 from celery import Celery
@@ -92,7 +91,7 @@ def celery_app(settings: Settings) -> Celery:
 class Dispatcher:
     """Sends messages from one thread of its own, so that a silent broker costs its caller a bounded wait."""
 
-    def __init__(self, settings: Settings, mark_published: Callable[[Sequence[UUID]], None]) -> None:
+    def __init__(self, settings: Settings, mark_published: Callable[[Sequence[Waiting]], None]) -> None:
         self._app = celery_app(settings)
         timeouts = {"socket_timeout": _SOCKET_SECONDS, "socket_connect_timeout": _SOCKET_SECONDS}
         self._app.conf.broker_transport_options |= timeouts
@@ -102,7 +101,7 @@ class Dispatcher:
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._broken_until = 0.0
-        self._sent: list[UUID] = []
+        self._sent: list[Waiting] = []
         self._sent_lock = threading.Lock()
         self._noting: threading.Timer | None = None
 
@@ -160,7 +159,7 @@ class Dispatcher:
             self._send(RUN_JOB, (str(job.id),), str(job.id), queue, job.priority)
         with self._sent_lock:
             first = not self._sent
-            self._sent += [job.id for job in jobs]
+            self._sent += jobs
         if first:
             self._noting = threading.Timer(_NOTE_SECONDS, self._note_sent)
             self._noting.daemon = True
@@ -170,12 +169,12 @@ class Dispatcher:
 
     def _note_sent(self) -> None:
         with self._sent_lock:
-            ids, self._sent = self._sent, []
+            sent, self._sent = self._sent, []
         try:
-            if ids:
-                self._mark_published(ids)
+            if sent:
+                self._mark_published(sent)
         except StoreUnavailable:
-            log.warning("could not note %d published jobs; they may be published again", len(ids))
+            log.warning("could not note %d published jobs; they may be published again", len(sent))
 
     def _send(self, task: str, args: tuple[Any, ...], task_id: str, queue: str, priority: int = 0) -> None:
         message = self._app.amqp.as_task_v2(task_id, task, args, {}, ignore_result=True)

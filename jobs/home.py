@@ -62,7 +62,9 @@ class Record:
 
     pid: int
     database_url: str = field(repr=False)
+    gateway_database_url: str | None = field(repr=False)
     broker_url: str = field(repr=False)
+    secret: str = field(repr=False)
     key_prefix: str
     flower_url: str | None
     flower_user: str | None
@@ -152,7 +154,8 @@ def connected_settings(settings: Settings | None = None) -> Settings:
     record = Home(own.home).record()
     if record is None:
         raise NoStack(_no_stack(Home(own.home)))
-    servers = {"database_url": record.database_url, "broker_url": record.broker_url, "key_prefix": record.key_prefix}
+    names = ("database_url", "gateway_database_url", "broker_url", "secret", "key_prefix")
+    servers = {name: getattr(record, name) for name in names}
     return own.model_copy(update=servers | {"models": record.model_tables | own.models})
 
 

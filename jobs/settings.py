@@ -20,6 +20,7 @@ PREFIX = "HEADRACE_"
 CONFIG_VARIABLE = "HEADRACE_CONFIG"
 CONFIG_FILE = "headrace.toml"
 HEARTBEATS_PER_LEASE = 2
+_WHY_NEEDED = "servers of your own need one: 32 characters or more, as `openssl rand -hex 32` makes them"
 _RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTALL)
 
 
@@ -34,6 +35,12 @@ class Settings(BaseSettings):
     """postgresql://user:password@host:port/name; absent: the embedded Postgres."""
     broker_url: str | None = None
     """redis://:password@host:port/0; absent: the embedded Redis."""
+    secret: str | None = Field(None, min_length=32, repr=False)
+    """Signs the messages in Redis and proves tenants to Postgres: 32 characters or more, the same for every process, as
+    `openssl rand -hex 32` makes them. Absent: that of the embedded servers."""
+    gateway_database_url: str | None = None
+    """As `HEADRACE_DATABASE_URL`, with the user as whom a gateway connects: Postgres holds it to one tenant.
+    `headrace migrate` makes that user and says what it may do."""
     key_prefix: str = Field("headrace", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Put before every Redis key and channel, so that several systems share one Redis."""
 
@@ -94,7 +101,7 @@ class Settings(BaseSettings):
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("database_url")
+    @field_validator("database_url", "gateway_database_url")
     @classmethod
     def _postgres_with_psycopg(cls, url: str | None) -> str | None:
         if url is None:
@@ -121,7 +128,14 @@ class Settings(BaseSettings):
         if (self.database_url is None) != (self.broker_url is None):
             missing = "HEADRACE_DATABASE_URL" if self.database_url is None else "HEADRACE_BROKER_URL"
             raise ValueError(f"{missing}: is missing; set both URLs, or none to use the embedded servers")
+        if self.database_url is not None and self.secret is None:
+            raise ValueError(f"HEADRACE_SECRET: is missing; {_WHY_NEEDED}")
         return self
+
+    def for_gateway(self) -> Self:
+        """What a gateway runs with: it knows no other way into Postgres than its own."""
+        url = self.gateway_database_url or self.database_url
+        return self.model_copy(update={"database_url": url, "gateway_database_url": None})
 
     def environment(self) -> dict[str, str]:
         """These settings as variables, for a child process that has to see the same ones. Contains passwords."""

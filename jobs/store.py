@@ -48,6 +48,7 @@ class Waiting:
     id: UUID
     model: str
     priority: int
+    tenant_id: str = LOCAL_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,9 +382,9 @@ def _cancel(connection: Connection, job_id: UUID, tenant_id: str) -> tuple[State
         raise NotFound(f"no job {job_id}")
     state = State(row.state)
     if state is State.RUNNING:
-        connection.execute(_ASK_TO_STOP, {"id": job_id})
+        connection.execute(_ASK_TO_STOP, fields)
     if state in {State.QUEUED, State.BLOCKED}:
-        ended = connection.execute(_END_WAITING, {"id": job_id}).all()
+        ended = connection.execute(_END_WAITING, fields).all()
         return State.CANCELLED, _release_turns(connection, ended)
     return state, ()
 
@@ -412,7 +413,7 @@ def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
         requeued=len(requeued),
         expired=len(expired),
         abandoned=len(abandoned),
-        to_publish=(*released, *(Waiting(row.id, row.model, row.priority) for row in waiting)),
+        to_publish=(*released, *(_waiting_of(row) for row in waiting)),
         ended=tuple(row.id for row in [*lost, *expired]),
     )
 
@@ -424,7 +425,11 @@ def _release_turns(connection: Connection, ended: Sequence[Row[Any]]) -> tuple[W
     fields = {"tenants": [t for t, _ in turns], "conversations": [c for _, c in turns]}
     # A statement of its own, after the lock: it must see what whoever held the lock before has committed.
     connection.execute(_LOCK_CONVERSATIONS, fields)
-    return tuple(Waiting(r.id, r.model, r.priority) for r in connection.execute(_RELEASE_TURNS, fields))
+    return tuple(_waiting_of(row) for row in connection.execute(_RELEASE_TURNS, fields))
+
+
+def _waiting_of(row: Any) -> Waiting:
+    return Waiting(row.id, row.model, row.priority, row.tenant_id)
 
 
 def _claim_of(row: Any) -> Claim:
@@ -639,7 +644,9 @@ SELECT 1 FROM conversations c JOIN jobs j ON j.tenant_id = c.tenant_id AND j.con
 WHERE j.id = :id AND j.tenant_id = :tenant AND j.state = 'blocked' FOR UPDATE OF c
 """)
 
-_ASK_TO_STOP = text("UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id")
+_ASK_TO_STOP = text("""
+UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id AND tenant_id = :tenant
+""")
 
 # A row that ends without a worker's word: nothing was made, nothing is charged.
 _NOTHING_MADE = """
@@ -653,7 +660,7 @@ _END_WAITING = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE id = :id AND state IN ('queued', 'blocked')
+    FROM jobs WHERE id = :id AND tenant_id = :tenant AND state IN ('queued', 'blocked')
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
@@ -662,12 +669,15 @@ END_WAITING_ROWS = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' LIMIT :limit FOR UPDATE SKIP LOCKED
+    FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'queued' AND lane = 'bulk'
+    LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
 STOP_RUNNING_ROWS = text("""
-WITH running AS (SELECT id FROM jobs WHERE batch_id = :id AND state = 'running' ORDER BY id FOR UPDATE)
+WITH running AS (
+    SELECT id FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'running' ORDER BY id FOR UPDATE
+)
 UPDATE jobs j SET cancel_requested_at = coalesce(cancel_requested_at, now()) FROM running r WHERE j.id = r.id
 """)
 
@@ -764,7 +774,7 @@ WITH overtaken AS (
     ORDER BY j.priority, j.run_after LIMIT :limit
     FOR UPDATE OF j SKIP LOCKED
 )
-UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority
+UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
 _MODELS_WAITING = text("SELECT DISTINCT model FROM jobs WHERE state = 'queued' AND lane = 'interactive'")
@@ -783,7 +793,7 @@ WHERE j.tenant_id = e.tenant_id AND j.conversation = e.conversation AND j.state 
     SELECT 1 FROM jobs b
     WHERE b.tenant_id = j.tenant_id AND b.conversation = j.conversation AND b.turn < j.turn AND b.finished_at IS NULL
 )
-RETURNING j.id, j.model, j.priority
+RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
 _HISTORY = text("""

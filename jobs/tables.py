@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -303,4 +304,14 @@ quotas = Table(
     _now("minute_began_at"),  # by the first request after the minute before was over
     CheckConstraint("tokens_per_minute > 0", name="limit_positive"),
     CheckConstraint("used_tokens >= 0", name="used_not_negative"),
+)
+
+# One row: the padded keys with which `headrace_tenant()` checks whom a gateway's session speaks for (`jobs.access`).
+tenant_proofs = Table(
+    "tenant_proofs",
+    metadata,
+    Column("single", Boolean, primary_key=True, server_default=text("true")),
+    Column("inner_pad", LargeBinary, nullable=False),
+    Column("outer_pad", LargeBinary, nullable=False),
+    CheckConstraint("single", name="one_row"),
 )

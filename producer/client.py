@@ -30,6 +30,7 @@ from jobs.leases import Leases
 from jobs.schema import Job, JobRequest
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
+from jobs.signing import Purpose, Signer
 from jobs.states import State
 from jobs.store import Store, Waiting
 from jobs.tables import LOCAL_TENANT
@@ -48,17 +49,23 @@ class Producer:
     def __init__(self, settings: Settings | None = None, tenant_id: str = LOCAL_TENANT) -> None:
         self.settings = connected_settings(settings)
         assert self.settings.database_url is not None
-        self.tenant_id = tenant_id
-        self.database = Database(self.settings.database_url, self.settings.store_wait_seconds)
-        self.store = Store(self.database)
-        self.batches = Batches(self.database)
+        assert self.settings.secret is not None
+        signer = Signer(self.settings.secret, Purpose.TENANTS)
+        self.database = Database(self.settings.database_url, self.settings.store_wait_seconds, signer=signer)
         self.leases = Leases(self.database, self.settings.lease_seconds)
         self.validator = Validator(self.settings)
-        self.dispatcher = Dispatcher(self.settings, self.store.mark_published)
+        self.dispatcher = Dispatcher(self.settings, self._note_published)
         self._signals = Signals(self.settings)
         self._ears = _Ears(self._signals)
         self._key: ApiKey | None = None
         self._shared = False  # whether another one closes what is used here
+        self._serve(tenant_id)
+
+    def _serve(self, tenant_id: str) -> None:
+        self.tenant_id = tenant_id
+        database = self.database.as_tenant(tenant_id)
+        self.store = Store(database)
+        self.batches = Batches(database, tenant_id)
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +81,8 @@ class Producer:
     def for_tenant(self, tenant_id: str) -> Self:
         """The same for another tenant. Cheap: it shares the connections, which are this producer's to close."""
         other = copy.copy(self)
-        other.tenant_id = tenant_id
-        other._key = None  # noqa: SLF001 - our own kind
+        other._serve(tenant_id)  # noqa: SLF001 - our own kind
+        other._key = None  # noqa: SLF001
         other._shared = True  # noqa: SLF001
         return other
 
@@ -108,7 +115,7 @@ class Producer:
             return self.get(accepted.id)
         self._ears.expect(accepted.id)
         if accepted.state is State.QUEUED:
-            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
+            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority, self.tenant_id)])
         return accepted.job
 
     def _check(self, request: JobRequest) -> JobRequest:
@@ -116,13 +123,18 @@ class Producer:
             self._key.require_model(request.model)
         return self.validator.check(request)
 
+    def _note_published(self, jobs: Sequence[Waiting]) -> None:
+        for tenant_id in {job.tenant_id for job in jobs}:
+            store = Store(self.database.as_tenant(tenant_id))
+            store.mark_published([job.id for job in jobs if job.tenant_id == tenant_id])
+
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
 
         A turn of a conversation and an idempotency key need `submit`. Errors name the request: `requests[3].model`.
         """
         lines = [self._line(number, request) for number, request in enumerate(requests)]
-        batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)}, self.tenant_id)
+        batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)})
         self.batches.take_in(batch, lines, (), start_offset=0, end_offset=len(lines), last_line=len(lines))
         self.batches.filled(batch.id)
         for model in sorted({line.request.model for line in lines}):

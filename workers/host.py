@@ -127,7 +127,7 @@ class Host:
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
         self._busy_before = 0.0  # the engine's seconds when this incarnation began
-        self.dispatcher = Dispatcher(settings, self.store.mark_published)
+        self.dispatcher = Dispatcher(settings, lambda jobs: self.store.mark_published([job.id for job in jobs]))
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
         sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
@@ -292,6 +292,6 @@ class Host:
         self._signals.publish(ENDED, [s.id for s in done if not s.requeues])
         # What is given back need not wait until a sweeper misses its message.
         released = [interactive[s.id] for s in done if s.outcome is AttemptOutcome.RELEASED]
-        messages = [*settled.released, *(Waiting(c.id, c.model, c.priority) for c in released)]
+        messages = [*settled.released, *(Waiting(c.id, c.model, c.priority, c.tenant_id) for c in released)]
         if messages:
             self.dispatcher.publish(messages)

@@ -239,7 +239,11 @@ def test_the_sweeper_publishes_what_a_submit_could_not(
 def test_submit_without_postgres(own_servers: Servers, settings: Settings) -> None:
     """Postgres away is an error within the time that was set; repeated under the same id once it is back, one job."""
     upgrade(own_servers.database_url)
-    urls = {"database_url": own_servers.database_url, "broker_url": own_servers.broker_url}
+    urls = {
+        "database_url": own_servers.database_url,
+        "broker_url": own_servers.broker_url,
+        "secret": own_servers.secret,
+    }
     job_id = new_id()
     with Producer(settings.model_copy(update=urls | {"store_wait_seconds": 1.0})) as client:
         client.submit(model="echo", prompt="before")
@@ -259,7 +263,7 @@ def test_submit_without_postgres(own_servers: Servers, settings: Settings) -> No
 
 def test_without_addresses(settings: Settings) -> None:
     """A producer without a stack says how to get one, and which settings would name other servers."""
-    bare = settings.model_copy(update={"database_url": None, "broker_url": None})
+    bare = settings.model_copy(update={"database_url": None, "broker_url": None, "secret": None})
     with pytest.raises(NoStack, match=r"headrace up.*HEADRACE_DATABASE_URL"):
         Producer(bare)
 
