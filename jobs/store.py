@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import orjson
@@ -39,6 +39,14 @@ class Accepted:
     def created(self) -> bool:
         """Whether it is new."""
         return self.job is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a job may take of a key's quota; when it ends, what it did not take goes back."""
+
+    key_id: UUID
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,29 +150,26 @@ class Store:
 
     # -- in -----------------------------------------------------------------------------------------------------
 
-    def accept(self, job_id: UUID, request: JobRequest, max_attempts: int, tenant_id: str = LOCAL_TENANT) -> Accepted:
+    def accept(
+        self,
+        job_id: UUID,
+        request: JobRequest,
+        max_attempts: int,
+        tenant_id: str = LOCAL_TENANT,
+        reservation: Reservation | None = None,
+    ) -> Accepted:
         """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
 
         Raises IdempotencyConflict if id or key stand for another request.
         """
-        payload = request.payload()
-        fields = {
-            "id": job_id,
-            "tenant": tenant_id,
-            "model": request.model,
-            "priority": request.priority,
+        fields = _accept_fields(job_id, request, tenant_id) | {
             "max_attempts": request.max_attempts or max_attempts,
-            "deadline_seconds": request.deadline_seconds,
-            "key": request.idempotency_key,
-            "conversation": request.conversation,
-            "turn": None,
-            "request": payload,
-            "metadata": request.metadata_payload(),
-            "digest": request.digest(payload),
+            "key_id": reservation and reservation.key_id,
+            "reserved_tokens": reservation and reservation.tokens,
         }
         created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
         if created is None:
-            return self._accepted_before(fields)
+            return self._accepted_before(fields) or _refuse_conflict(fields)
         return Accepted(job_id, State(created.state), _accepted_job(fields, request, created))
 
     def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
@@ -173,11 +178,14 @@ class Store:
         except _AcceptedBefore:
             return None
 
-    def _accepted_before(self, fields: dict[str, Any]) -> Accepted:
+    def accepted_before(self, job_id: UUID, request: JobRequest, tenant_id: str = LOCAL_TENANT) -> Accepted | None:
+        """The same request, by its id or idempotency key; None: there is none."""
+        return self._accepted_before(_accept_fields(job_id, request, tenant_id))
+
+    def _accepted_before(self, fields: dict[str, Any]) -> Accepted | None:
         row = self.database.row(_FIND_SAME, fields)
         if row is None or row.digest != fields["digest"]:
-            name = "idempotency_key" if fields["key"] else "id"
-            raise IdempotencyConflict(f"{name}: was used before with another request")
+            return None
         return Accepted(row.id, State(row.state), None)
 
     def mark_published(self, ids: Sequence[UUID]) -> None:
@@ -290,6 +298,28 @@ class Store:
 
 class _AcceptedBefore(Exception):
     """Rolls a turn's number back: the job was there already."""
+
+
+def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[str, Any]:
+    payload = request.payload()
+    return {
+        "id": job_id,
+        "tenant": tenant_id,
+        "model": request.model,
+        "priority": request.priority,
+        "deadline_seconds": request.deadline_seconds,
+        "key": request.idempotency_key,
+        "conversation": request.conversation,
+        "turn": None,
+        "request": payload,
+        "metadata": request.metadata_payload(),
+        "digest": request.digest(payload),
+    }
+
+
+def _refuse_conflict(fields: dict[str, Any]) -> NoReturn:
+    name = "idempotency_key" if fields["key"] else "id"
+    raise IdempotencyConflict(f"{name}: was used before with another request")
 
 
 def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
@@ -466,7 +496,7 @@ def _job_of(row: Any) -> Job:
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
-                      conversation, turn)
+                      conversation, turn, key_id, reserved_tokens)
     VALUES (:id, :tenant,
             CASE WHEN EXISTS (
                 SELECT 1 FROM jobs
@@ -474,7 +504,7 @@ WITH created AS (
             ) THEN 'blocked' ELSE 'queued' END,
             :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
-            CAST(:turn AS integer))
+            CAST(:turn AS integer), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
@@ -573,7 +603,8 @@ _INPUT_HELD = """
 # Locked in one order, so that two transactions never wait for each other.
 _SETTLEMENTS = f"{_INPUT}, held AS ({_INPUT_HELD} ORDER BY j.id FOR UPDATE OF j)"
 
-# From `ended`: the result, the bill and the attempt's end.
+# From `ended`: the result, the bill, the attempt's end, and what goes back to a key's quota while its minute lasts.
+# Keys are locked in one order, so that two transactions never wait for each other.
 _TAIL = """
 , written AS (
     INSERT INTO results (job_id, tenant_id, choices, error, usage, timings, served_by)
@@ -592,6 +623,15 @@ _TAIL = """
     SET ended_at = now(), outcome = e.attempt_outcome, error = e.error ->> 'message', busy_seconds = e.busy_seconds,
         machine_dollars = e.machine_dollars
     FROM ended e WHERE a.token = e.token AND a.ended_at IS NULL
+), metered AS (
+    SELECT key_id, minute_began_at FROM quotas
+    WHERE key_id IN (SELECT e.key_id FROM ended e) AND minute_began_at > now() - interval '60 s'
+    ORDER BY key_id FOR UPDATE
+), unused AS (
+    SELECT m.key_id, sum(e.reserved_tokens - e.prompt_tokens - e.completion_tokens) AS tokens
+    FROM ended e JOIN metered m ON m.key_id = e.key_id AND m.minute_began_at <= e.created_at GROUP BY m.key_id
+), given_back AS (
+    UPDATE quotas q SET used_tokens = greatest(q.used_tokens - u.tokens, 0) FROM unused u WHERE q.key_id = u.key_id
 )
 SELECT id, tenant_id, conversation FROM ended
 """
@@ -600,7 +640,8 @@ _END = """
 ended AS (
     UPDATE jobs j SET state = h.outcome, finished_at = now(), token = NULL, worker_id = NULL
     FROM held h WHERE j.id = h.id
-    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, h.token, h.outcome, h.attempt_outcome,
+    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, j.created_at, j.key_id, j.reserved_tokens,
+              h.token, h.outcome, h.attempt_outcome,
               h.choices, h.error, h.usage, h.timings, h.served_by, h.prompt_tokens, h.cached_tokens,
               h.completion_tokens, h.busy_seconds, h.token_dollars, h.machine_dollars
 )

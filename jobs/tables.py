@@ -105,6 +105,8 @@ jobs = Table(
     Column("turn", Integer),  # from 1
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
     Column("line", BigInteger),  # line number in the batch's input, from 1
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
+    Column("reserved_tokens", Integer),  # of that quota
     _one_of("state", State),
     _one_of("lane", Lane),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN {_FINAL})", name="finished_when_final"),
@@ -117,6 +119,7 @@ jobs = Table(
     CheckConstraint("(lane = 'bulk') = (batch_id IS NOT NULL)", name="bulk_in_a_batch"),
     CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
     CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
+    CheckConstraint("(key_id IS NULL) = (reserved_tokens IS NULL)", name="reserved_under_a_key"),
     CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
     Index(
         "jobs_idempotency_key_key",
@@ -301,7 +304,8 @@ quotas = Table(
     Column("tenant_id", Text, nullable=False),
     Column("tokens_per_minute", BigInteger, nullable=False),
     Column("used_tokens", BigInteger, nullable=False, server_default="0"),  # reserved ones too
-    _now("minute_began_at"),  # by the first request after the minute before was over
+    # With the first request after the minute before was over.
+    Column("minute_began_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
     CheckConstraint("tokens_per_minute > 0", name="limit_positive"),
     CheckConstraint("used_tokens >= 0", name="used_not_negative"),
 )

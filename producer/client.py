@@ -22,17 +22,18 @@ from uuid import UUID
 from jobs.batches import Batches, Line
 from jobs.database import Database
 from jobs.dispatch import Dispatcher
-from jobs.errors import RequestInvalid, WaitTimeout
+from jobs.errors import IdempotencyConflict, QuotaExceeded, RequestInvalid, WaitTimeout
 from jobs.home import connected_settings
 from jobs.ids import new_id
 from jobs.keys import ApiKey
 from jobs.leases import Leases
+from jobs.quotas import Quotas
 from jobs.schema import Job, JobRequest
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.signing import Purpose, Signer
 from jobs.states import State
-from jobs.store import Store, Waiting
+from jobs.store import Accepted, Reservation, Store, Waiting
 from jobs.tables import LOCAL_TENANT
 from producer.validation import Validator
 
@@ -66,6 +67,7 @@ class Producer:
         database = self.database.as_tenant(tenant_id)
         self.store = Store(database)
         self.batches = Batches(database, tenant_id)
+        self._quotas = Quotas(database)
 
     def __enter__(self) -> Self:
         return self
@@ -105,18 +107,45 @@ class Producer:
         """Accept one job: from here on it cannot be lost. The fields are those of `JobRequest`.
 
         Raises RequestInvalid naming the field at fault, IdempotencyConflict, Forbidden if the key is not for the model,
-        or StoreUnavailable; after the last one, submitting again with the same `job_id` is safe.
+        QuotaExceeded, or StoreUnavailable; after the last one, submitting again with the same `job_id` is safe.
         """
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
         checked = self._check(request or JobRequest.parse(fields))
-        accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
+        accepted = self._accept(job_id or new_id(), checked)
         if accepted.job is None:
             return self.get(accepted.id)
         self._ears.expect(accepted.id)
         if accepted.state is State.QUEUED:
             self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority, self.tenant_id)])
         return accepted.job
+
+    def _accept(self, job_id: UUID, checked: JobRequest) -> Accepted:
+        if self._key is None or self._key.quota_tokens_per_minute is None:
+            return self.store.accept(job_id, checked, self.settings.max_attempts, self.tenant_id)
+        tokens = _within(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
+        try:
+            self._quotas.reserve(self._key, tokens)
+        except QuotaExceeded:
+            before = self.store.accepted_before(job_id, checked, self.tenant_id)
+            if before is None:
+                raise
+            return before
+        return self._accept_reserved(job_id, checked, Reservation(self._key.id, tokens))
+
+    def _accept_reserved(self, job_id: UUID, checked: JobRequest, reservation: Reservation) -> Accepted:
+        assert self._key is not None
+        created = True  # it may be, whatever fails; if it is not, the reservation ends with its minute
+        try:
+            accepted = self.store.accept(job_id, checked, self.settings.max_attempts, self.tenant_id, reservation)
+            created = accepted.created
+        except IdempotencyConflict:
+            created = False
+            raise
+        finally:
+            if not created:
+                self._quotas.give_back(self._key, reservation.tokens)
+        return accepted
 
     def _check(self, request: JobRequest) -> JobRequest:
         if self._key is not None:
@@ -209,6 +238,14 @@ class Producer:
         if released:
             self.dispatcher.publish(released)
         return self.get(job_id)
+
+
+def _within(limit: int, tokens: int) -> int:
+    """A request that no minute has room for is no matter of waiting."""
+    if tokens > limit:
+        message = f"the request may take {tokens:,} tokens, and the key's quota is {limit:,} a minute"
+        raise RequestInvalid("max_tokens", message, "tokens_above_quota")
+    return tokens
 
 
 class _Ears:

@@ -46,6 +46,11 @@ class Validator:
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
 
+    def most_tokens(self, checked: JobRequest) -> int:
+        """What a request that was checked may take at most: its prompt, and every answer to its limit."""
+        assert checked.max_tokens is not None
+        return _prompt_tokens(self._format(self._spec(checked.model)), checked) + checked.n * checked.max_tokens
+
     def _spec(self, model: str) -> ModelSpec:
         try:
             return self._catalog.get(model)

@@ -57,6 +57,11 @@ FUNCTIONS = (
 
 
 def upgrade() -> None:
+    op.add_column("jobs", sa.Column("key_id", sa.Uuid(), nullable=True))
+    op.add_column("jobs", sa.Column("reserved_tokens", sa.Integer(), nullable=True))
+    op.create_check_constraint(
+        op.f("jobs_reserved_under_a_key"), "jobs", "(key_id IS NULL) = (reserved_tokens IS NULL)"
+    )
     op.create_table(
         "api_keys",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -83,7 +88,7 @@ def upgrade() -> None:
         sa.Column("tenant_id", sa.Text(), nullable=False),
         sa.Column("tokens_per_minute", sa.BigInteger(), nullable=False),
         sa.Column("used_tokens", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("minute_began_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("minute_began_at", sa.DateTime(timezone=True), server_default="-infinity", nullable=False),
         sa.CheckConstraint("tokens_per_minute > 0", name=op.f("quotas_limit_positive")),
         sa.CheckConstraint("used_tokens >= 0", name=op.f("quotas_used_not_negative")),
         sa.ForeignKeyConstraint(["key_id"], ["api_keys.id"], name=op.f("quotas_key_id_fkey"), ondelete="CASCADE"),
@@ -118,3 +123,6 @@ def downgrade() -> None:
     op.drop_table("quotas")
     op.drop_index("api_keys_tenant_id_idx", table_name="api_keys")
     op.drop_table("api_keys")
+    op.drop_constraint(op.f("jobs_reserved_under_a_key"), "jobs")
+    op.drop_column("jobs", "reserved_tokens")
+    op.drop_column("jobs", "key_id")
