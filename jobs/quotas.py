@@ -1,8 +1,8 @@
 """Quotas in SQL: tokens of a key within a minute, reserved before a job is accepted and settled when it ends.
 
 A key's minute begins with its first request after the minute before was over. One UPDATE checks, counts and begins a
-new minute; Postgres makes those that come at once take turns. What a job did not use is given back by the statement that
-ends it (`jobs.store`), if the minute still lasts. Nothing can leak: with the minute, every reservation is over.
+new minute; Postgres makes those that come at once take turns. What a job did not use is given back by the statement
+that ends it (`jobs.store`), if the minute still lasts. Nothing can leak: with the minute, every reservation is over.
 """
 
 from __future__ import annotations

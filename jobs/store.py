@@ -259,6 +259,13 @@ class Store:
         """Models with queued interactive jobs."""
         return [row.model for row in self.database.rows(_MODELS_WAITING)]
 
+    def tenant_of(self, job_id: UUID) -> str:
+        """Whose job it is, for tools of the operator's. Raises NotFound."""
+        row = self.database.row(_TENANT_OF, {"id": job_id})
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        return str(row.tenant_id)
+
     # -- looks --------------------------------------------------------------------------------------------------
 
     def get(self, job_id: UUID, tenant_id: str = LOCAL_TENANT) -> Job:
@@ -677,6 +684,8 @@ SELECT id FROM queued
 _CLOSED_BEFORE = text("""
 SELECT job_id FROM attempts WHERE token = ANY(:tokens) AND ended_at IS NOT NULL AND outcome <> 'lost'
 """)
+
+_TENANT_OF = text("SELECT tenant_id FROM jobs WHERE id = :id")
 
 _LOCK = text("SELECT state FROM jobs WHERE id = :id AND tenant_id = :tenant FOR UPDATE")
 

@@ -270,8 +270,8 @@ class Host:
             log.info("stopping %d jobs: %s", len(fresh), why)
 
     def cancel(self, job_id: UUID) -> None:
-        """Cancel a job as its owner would, whoever holds it."""
-        state, released = self.store.cancel(job_id)
+        """Cancel a job as its owner would, whoever that is and whoever holds it."""
+        state, released = self.store.cancel(job_id, self.store.tenant_of(job_id))
         self._signals.publish(CANCEL if state is State.RUNNING else ENDED, [job_id])
         if released:
             self.dispatcher.publish(released)
