@@ -177,6 +177,7 @@ class Stack:
             flower_password=None if access is None else access.password,
             models=self._models,
             model_tables=self.settings.models,
+            policies=self.settings.policies,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -282,6 +282,7 @@ def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
         line.endpoint,
         payload,
         request.metadata_payload(),
+        request.findings_payload(),
         request.digest(payload),
     )
 
@@ -368,6 +369,7 @@ _PAYLOADS = _Table(
         "endpoint": "text",
         "request": "json",
         "metadata": "json",
+        "policy": "json",
         "digest": "bytea",
     },
 )

@@ -71,6 +71,7 @@ class Record:
     flower_password: str | None = field(repr=False)
     models: list[str]  # those that the stack keeps a worker for
     model_tables: dict[str, dict[str, Any]]  # `[models.NAME]` of its settings, so that its clients know them too
+    policies: dict[str, dict[str, dict[str, Any]]]  # `[policies]` of its settings: they hold for its clients too
     started_at: str  # ISO 8601, UTC
 
 
@@ -156,7 +157,8 @@ def connected_settings(settings: Settings | None = None) -> Settings:
         raise NoStack(_no_stack(Home(own.home)))
     names = ("database_url", "gateway_database_url", "broker_url", "secret", "key_prefix")
     servers = {name: getattr(record, name) for name in names}
-    return own.model_copy(update=servers | {"models": record.model_tables | own.models})
+    tables = {"models": record.model_tables | own.models, "policies": record.policies | own.policies}
+    return own.model_copy(update=servers | tables)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     StringConstraints,
     Tag,
     ValidationError,
@@ -190,6 +191,19 @@ class JobRequest(Frozen):
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
 
+    _findings: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def findings(self) -> dict[str, str]:
+        """Rules of the tenant's policy that took hold, and what each did. Ours to set: a request cannot bring any."""
+        return self._findings
+
+    def with_findings(self, findings: dict[str, str]) -> Self:
+        """The same request, with these noted."""
+        noted = self.model_copy()
+        noted._findings = dict(findings)  # noqa: SLF001 - our own kind
+        return noted
+
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if self.messages is None and self.prompt is None:
@@ -249,6 +263,10 @@ class JobRequest(Frozen):
     def metadata_payload(self) -> str | None:
         """The metadata as stored beside the payload: JSON text, None if there are none."""
         return orjson.dumps(self.metadata).decode() if self.metadata else None
+
+    def findings_payload(self) -> str | None:
+        """The findings as stored beside the payload."""
+        return orjson.dumps(self._findings).decode() if self._findings else None
 
     def digest(self, payload: str | None = None) -> bytes:
         """Tells two requests apart: SHA-256 of the payload without its idempotency key. A payload at hand is used."""
@@ -347,6 +365,8 @@ class Job(Frozen):
     endpoint: str | None = None
     """The route the request was written for, such as `/v1/chat/completions`; None: for none."""
     metadata: dict[str, str] = Field(default_factory=dict)
+    policy: dict[str, str] = Field(default_factory=dict)
+    """Rules of the tenant's policy that took hold when it was accepted, and what each did: `redact` or `flag`."""
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None
     timings: Timings | None = None

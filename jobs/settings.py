@@ -20,6 +20,7 @@ PREFIX = "HEADRACE_"
 CONFIG_VARIABLE = "HEADRACE_CONFIG"
 CONFIG_FILE = "headrace.toml"
 HEARTBEATS_PER_LEASE = 2
+TABLES = ("models", "policies")  # settings that are tables of the file
 _WHY_NEEDED = "servers of your own need one: 32 characters or more, as `openssl rand -hex 32` makes them"
 _RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTALL)
 
@@ -72,6 +73,8 @@ class Settings(BaseSettings):
 
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`[models.NAME]` tables, checked by `models.catalog`."""
+    policies: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """`[policies.TENANT.RULE]` tables, checked by `producer.policy`; the tenant `*` stands for every one."""
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -81,8 +84,8 @@ class Settings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             raise _first_fault(error) from None
-        except SourceError:  # `models` alone is a table, which a variable gives as JSON
-            raise SettingsError(f"{PREFIX}MODELS", "must be a JSON object") from None
+        except SourceError as error:  # only tables, which a variable gives as JSON, cannot even be read
+            raise SettingsError(_table_of(error), "must be a JSON object") from None
 
     @classmethod
     def settings_customise_sources(
@@ -139,12 +142,18 @@ class Settings(BaseSettings):
 
     def environment(self) -> dict[str, str]:
         """These settings as variables, for a child process that has to see the same ones. Contains passwords."""
-        plain = self.model_dump(mode="json", exclude={"models"}, exclude_none=True)
+        plain = self.model_dump(mode="json", exclude=set(TABLES), exclude_none=True)
         variables = {PREFIX + name.upper(): str(value) for name, value in plain.items()}
-        if self.models:  # they may come from a stack's record instead of a file
-            variables[f"{PREFIX}MODELS"] = json.dumps(self.models)
+        for name in TABLES:  # they may come from a stack's record instead of a file
+            if table := getattr(self, name):
+                variables[PREFIX + name.upper()] = json.dumps(table)
         path = config_path()
         return variables if path is None else variables | {CONFIG_VARIABLE: str(path.absolute())}
+
+
+def _table_of(error: SourceError) -> str:
+    """The variable of the table that pydantic's message names."""
+    return next((PREFIX + name.upper() for name in TABLES if f'"{name}"' in str(error)), CONFIG_VARIABLE)
 
 
 def config_path() -> Path | None:

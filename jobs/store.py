@@ -320,6 +320,7 @@ def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[st
         "turn": None,
         "request": payload,
         "metadata": request.metadata_payload(),
+        "policy": request.findings_payload(),
         "digest": request.digest(payload),
     }
 
@@ -356,6 +357,7 @@ def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> 
         conversation=request.conversation,
         turn=created.turn,
         metadata=request.metadata,
+        policy=request.findings,
     )
 
 
@@ -492,6 +494,7 @@ def _job_of(row: Any) -> Job:
     fields = row._asdict()
     cost = {name: fields.pop(name) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
+    fields["policy"] = fields["policy"] or {}
     fields["choices"] = fields["choices"] or ()
     if cost["token_dollars"] is not None:
         fields["cost"] = cost
@@ -515,8 +518,8 @@ WITH created AS (
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, request, metadata, digest)
-    SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), :digest FROM created
+    INSERT INTO payloads (job_id, tenant_id, request, metadata, policy, digest)
+    SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), CAST(:policy AS json), :digest FROM created
 )
 SELECT state, turn, created_at FROM created
 """)
@@ -856,7 +859,7 @@ ORDER BY j.turn
 _SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
        j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
-       p.endpoint, p.metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
+       p.endpoint, p.metadata, p.policy, r.choices, r.usage, r.timings, r.error, r.served_by,
        l.busy_seconds, l.token_dollars, l.machine_dollars
 FROM jobs j
 JOIN payloads p ON p.job_id = j.id

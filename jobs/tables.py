@@ -165,6 +165,7 @@ payloads = Table(
     Column("request", JSON, nullable=False),  # json, not jsonb: the text is kept byte for byte
     # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
     Column("metadata", JSON),
+    Column("policy", JSON),  # rules of the tenant's policy that took hold, and what each did
     Column("digest", LargeBinary, nullable=False),
 )
 

@@ -54,7 +54,7 @@ class Producer:
         signer = Signer(self.settings.secret, Purpose.TENANTS)
         self.database = Database(self.settings.database_url, self.settings.store_wait_seconds, signer=signer)
         self.leases = Leases(self.database, self.settings.lease_seconds)
-        self.validator = Validator(self.settings)
+        self._validator = Validator(self.settings)
         self.dispatcher = Dispatcher(self.settings, self._note_published)
         self._signals = Signals(self.settings)
         self._ears = _Ears(self._signals)
@@ -64,6 +64,7 @@ class Producer:
 
     def _serve(self, tenant_id: str) -> None:
         self.tenant_id = tenant_id
+        self.validator = self._validator.for_tenant(tenant_id)
         database = self.database.as_tenant(tenant_id)
         self.store = Store(database)
         self.batches = Batches(database, tenant_id)
@@ -91,6 +92,7 @@ class Producer:
     def for_key(self, key: ApiKey) -> Self:
         """The same for the tenant of a key, within the key's models and quota."""
         other = self.for_tenant(key.tenant_id)
+        other.validator = self._validator.for_tenant(key.tenant_id, key.models)
         other._key = key  # noqa: SLF001 - our own kind
         return other
 

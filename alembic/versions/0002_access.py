@@ -59,6 +59,7 @@ FUNCTIONS = (
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("key_id", sa.Uuid(), nullable=True))
     op.add_column("jobs", sa.Column("reserved_tokens", sa.Integer(), nullable=True))
+    op.add_column("payloads", sa.Column("policy", postgresql.JSON(astext_type=sa.Text()), nullable=True))
     op.create_check_constraint(
         op.f("jobs_reserved_under_a_key"), "jobs", "(key_id IS NULL) = (reserved_tokens IS NULL)"
     )
@@ -124,5 +125,6 @@ def downgrade() -> None:
     op.drop_index("api_keys_tenant_id_idx", table_name="api_keys")
     op.drop_table("api_keys")
     op.drop_constraint(op.f("jobs_reserved_under_a_key"), "jobs")
+    op.drop_column("payloads", "policy")
     op.drop_column("jobs", "reserved_tokens")
     op.drop_column("jobs", "key_id")

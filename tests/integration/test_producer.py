@@ -533,3 +533,26 @@ def test_signals_that_none_of_us_signed_are_refused_and_counted(settings: Settin
             ears.join()
         assert heard == [wanted]
         assert signals.signer.refused == len(forgeries)
+
+
+# -- policy -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_policy_did_is_recorded_on_the_job(settings: Settings, tables: Tables) -> None:
+    """Alone or in a batch: what is redacted is in no table, and the job says which rule did it."""
+    rules = {
+        "acme": {
+            "secrets": {"pattern": "hunter[0-9]", "action": "redact"},
+            "short": {"pattern": "^.{1,20}$", "action": "flag"},
+        }
+    }
+    with Producer(settings.model_copy(update={"policies": rules})) as producer:
+        acme = producer.for_tenant("acme")
+        one = acme.submit(model="echo", prompt="my hunter2")
+        [many] = acme.submit_many([{"model": "echo", "prompt": "my hunter2"}])
+        for job in (one, acme.get(one.id), many):
+            assert job.policy == {"secrets": "redact", "short": "flag"}
+        assert producer.get(producer.submit(model="echo", prompt="my hunter2").id).policy == {}
+    stored = tables.rows("SELECT request::text AS request FROM payloads WHERE tenant_id = 'acme'")
+    assert len(stored) == 2
+    assert all("hunter2" not in row["request"] for row in stored)

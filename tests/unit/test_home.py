@@ -25,6 +25,7 @@ RECORD = Record(
     flower_password=None,
     models=["echo"],
     model_tables={"slow": {"engine": "echo"}},
+    policies={"*": {"short": {"max_characters": 9, "action": "flag"}}},
     started_at="2026-01-01T00:00:00+00:00",
 )
 

@@ -95,6 +95,7 @@ def test_models_of_the_file(folder: Path) -> None:
         ("HEADRACE_BROKER_URL", "amqp://localhost"),
         ("HEADRACE_MODELS", "{"),
         ("HEADRACE_MODELS", "[]"),
+        ("HEADRACE_POLICIES", "{"),
     ],
 )
 def test_bad_value_names_the_variable(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
