@@ -151,6 +151,7 @@ class Postgres(Server):
             "shared_buffers": "128MB",
             "fsync": "on",
             "recovery_init_sync_method": _SYNC_METHOD,
+            "log_error_verbosity": "terse",  # no rows, and so no prompts, in its log
             "timezone": "UTC",
             "log_timezone": "UTC",
         }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self, TypeAlias, TypeVar
@@ -18,7 +19,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -158,14 +159,27 @@ def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, auto
         max_overflow=0,
         pool_timeout=wait_seconds,
         pool_use_lifo=True,
+        hide_parameters=True,
         pool_reset_on_return=None if autocommit else "rollback",
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
     )
 
 
+@contextmanager
+def _without_rows() -> Iterator[None]:
+    """What Postgres quotes of rows in an error (DETAIL, CONTEXT) may be what somebody asked, and errors are logged."""
+    try:
+        yield
+    except (DBAPIError, psycopg.Error) as error:
+        of_driver = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(of_driver, psycopg.Error) and of_driver.diag.message_primary:
+            of_driver.args = error.args = (of_driver.diag.message_primary,)
+        raise
+
+
 def _transaction(engine: Engine, work: Callable[[Connection], T], tenant: _Tenant = _NOBODY) -> T:
-    with engine.begin() as connection:
+    with _without_rows(), engine.begin() as connection:
         if is_held_to_row_security(connection):
             _say_who(driver_of(connection), tenant, for_transaction=True)
         return work(connection)
@@ -214,13 +228,18 @@ def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOB
         return cursor.fetchall() if cursor.description else []
 
     try:
-        # Said once for as long as the connection goes on for the same tenant: a round trip saved on most statements.
-        if _is_held(driver, pooled.info) and pooled.info.get(_ACTS_FOR, _NOBODY) != tenant:
-            _say_who(driver, tenant)
-            pooled.info[_ACTS_FOR] = tenant
-        return work(execute)
+        with _without_rows():
+            _speak_for(tenant, pooled, driver)
+            return work(execute)
     finally:
         _give_back(engine, pooled, driver)
+
+
+def _speak_for(tenant: _Tenant, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:
+    """Said once for as long as the connection goes on for the same tenant: a round trip saved on most statements."""
+    if _is_held(driver, pooled.info) and pooled.info.get(_ACTS_FOR, _NOBODY) != tenant:
+        _say_who(driver, tenant)
+        pooled.info[_ACTS_FOR] = tenant
 
 
 def _give_back(engine: Engine, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:

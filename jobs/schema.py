@@ -123,7 +123,8 @@ def _storable(message: object) -> object:
 class Frozen(BaseModel):
     """Immutable, and refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What is asked and answered is not quoted in errors, which are logged.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Message(Frozen):

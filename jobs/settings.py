@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,7 +20,7 @@ PREFIX = "HEADRACE_"
 CONFIG_VARIABLE = "HEADRACE_CONFIG"
 CONFIG_FILE = "headrace.toml"
 HEARTBEATS_PER_LEASE = 2
-TABLES = ("models", "policies")  # settings that are tables of the file
+TABLES = ("models", "policies", "retention_days")  # settings that are tables of the file
 _WHY_NEEDED = "servers of your own need one: 32 characters or more, as `openssl rand -hex 32` makes them"
 _RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTALL)
 
@@ -73,6 +73,8 @@ class Settings(BaseSettings):
 
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`[models.NAME]` tables, checked by `models.catalog`."""
+    retention_days: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """`[retention_days]`, by tenant, `*` for every other one: workers delete what ended longer ago. Absent: nothing."""
     policies: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """`[policies.TENANT.RULE]` tables, checked by `producer.policy`; the tenant `*` stands for every one."""
 

@@ -19,6 +19,7 @@ from jobs.database import Database
 from jobs.dispatch import Dispatcher
 from jobs.errors import Fenced, StoreUnavailable
 from jobs.leases import Leases, Load, Renewal
+from jobs.retention import Retention
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.states import AttemptOutcome, Lane, State
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # A lease is taken for over this part of it before its end, so that a slow stop does not overrun it.
 _LEASE_MARGIN = 0.1
+# How often what is older than `[retention_days]` is deleted; it takes a walk through the jobs.
+_RETENTION_SECONDS = 900.0
 
 Stop = Literal["cancel", "release", "fence"]
 
@@ -136,6 +139,8 @@ class Host:
             Loop("lease-guard", settings.heartbeat_seconds / 5, self.guard_lease),
             Loop("sweeper", settings.sweep_seconds, sweeper.run_once),
         ]
+        if settings.retention_days:
+            self._loops.append(Loop("retention", _RETENTION_SECONDS, self._keep_no_longer))
         self._stop = threading.Event()
         self._closing = threading.Lock()
         self._listener = threading.Thread(target=self._listen, name="cancel-listener", daemon=True)
@@ -281,6 +286,11 @@ class Host:
 
     def _cancel(self, job_id: UUID) -> None:
         self.stop_held([one for one in self.hands.all() if one.claim.id == job_id], "cancel")
+
+    def _keep_no_longer(self) -> None:
+        purged = Retention(self._database).keep_for(self.settings.retention_days)
+        if purged.jobs or purged.batches or purged.conversations:
+            log.info("purged %s", purged)
 
     # -- after the commit ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from jobs.access import GRANTS, admit_gateway
 from jobs.batches import Batches, Line, Rejection
@@ -360,6 +360,29 @@ def test_a_connection_serves_tenants_in_turn(gateway: Database, everything: dict
                     store.cancel(stranger, other)
         with pytest.raises(NotFound):
             Store(gateway).get(everything[MINE]["job"], MINE)
+
+
+def test_lost_connections_are_replaced(gateway: Database, everything: dict[str, Any], tables: Tables) -> None:
+    """A restart of Postgres costs a gateway no answer, in and out of transactions."""
+    store, _ = as_mine(gateway)
+    for look in (
+        lambda: store.get(everything[MINE]["job"], MINE),
+        lambda: store.cancel(everything[MINE]["ended"], MINE),
+    ):
+        look()
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'headrace_test_gateway'"
+        assert tables.rows(ended)
+        look()
+
+
+def test_errors_quote_no_rows(database: Database, everything: dict[str, Any]) -> None:
+    """What Postgres says of rows that it refuses may be what somebody asked, and errors are logged."""
+    copy_of = text("INSERT INTO conversations (tenant_id, id, turns) VALUES (:tenant, :id, 1)")
+    row = {"tenant": MINE, "id": "talk"}
+    for attempt_it in (lambda: database.rows(copy_of, row), lambda: database.run(lambda c: c.execute(copy_of, row))):
+        with pytest.raises(Exception, match="duplicate key") as refused:
+            attempt_it()
+        assert "talk" not in str(refused.value)
 
 
 # -- the same answer as for an unknown id -----------------------------------------------------------------------------
