@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from headrace.commands import bulk, deployment, jobs, keys, stack
+from headrace.commands import bulk, deployment, jobs, keys, purge, stack
 from headrace.commands.common import FAILURE, INTERRUPTED, USAGE
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -28,6 +28,7 @@ stack.register(app)
 jobs.register(app)
 deployment.register(app)
 keys.register(app)
+purge.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

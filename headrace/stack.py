@@ -26,6 +26,7 @@ from headrace.migrations import upgrade
 from headrace.servers import Servers
 from headrace.tellers import Silent, Teller
 from headrace.workforce import Workforce
+from jobs.access import admit_gateway
 from jobs.errors import StoreUnavailable
 from jobs.home import Home, NoStack, Record, StackError, StackTaken, child_environment, connected_settings
 from jobs.settings import Settings
@@ -119,8 +120,14 @@ class Stack:
         with self._teller.step("Postgres and Redis"):
             servers.start()
         try:
-            urls = {"database_url": servers.database_url, "broker_url": servers.broker_url}
-            self.settings = self.settings.model_copy(update=urls)
+            self.settings = self.settings.model_copy(
+                update={
+                    "database_url": servers.database_url,
+                    "gateway_database_url": servers.gateway_database_url,
+                    "broker_url": servers.broker_url,
+                    "secret": self.settings.secret or servers.secret,
+                }
+            )
             self._keep(ServerChild(servers.postgres))
             self._keep(ServerChild(servers.redis))
             yield
@@ -167,7 +174,7 @@ class Stack:
         program = Program(
             "gateway",
             place.arguments,
-            environment=child_environment(self.settings),
+            environment=child_environment(self.settings.for_gateway()),
             log=self.home.log("gateway"),
             grace_seconds=_GATEWAY_GRACE_SECONDS,
         )
@@ -193,16 +200,20 @@ class Stack:
     def _describe(self, access: flower.Access | None, place: gateway.Place | None) -> Record:
         assert self.settings.database_url is not None
         assert self.settings.broker_url is not None
+        assert self.settings.secret is not None
         return Record(
             pid=os.getpid(),
             database_url=self.settings.database_url,
+            gateway_database_url=self.settings.gateway_database_url,
             broker_url=self.settings.broker_url,
+            secret=self.settings.secret,
             key_prefix=self.settings.key_prefix,
             flower_url=None if access is None else access.url,
             flower_user=None if access is None else access.user,
             flower_password=None if access is None else access.password,
             models=self._models,
             model_tables=self.settings.models,
+            policies=self.settings.policies,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             gateway_url=None if place is None else place.url,
             gateway_key=self._gateway_key,
@@ -213,10 +224,16 @@ class Stack:
 
 
 def migrate(settings: Settings) -> None:
-    """Bring the database to the newest schema. Raises StoreUnavailable, or StackError if a newer version made it."""
+    """Bring the database to the newest schema, and admit the gateway's user, if the settings name one.
+
+    Raises StoreUnavailable, SettingsError about that user, or StackError if a newer version made the database.
+    """
     assert settings.database_url is not None
     try:
         upgrade(settings.database_url)
+        if settings.gateway_database_url is not None:
+            assert settings.secret is not None
+            admit_gateway(settings.database_url, settings.gateway_database_url, settings.secret)
     except OperationalError as error:
         raise StoreUnavailable(f"Postgres did not answer: {str(error.orig).splitlines()[0]}") from error
     except CommandError as error:

@@ -148,10 +148,13 @@ class ApiBatches:
 
     # -- its runner ---------------------------------------------------------------------------------------------
 
-    def take(self, runner: UUID) -> ApiBatch | None:
-        """See to a batch that nobody sees to, the oldest first; None if there is none."""
+    def take(self, runner: UUID) -> tuple[UUID, str] | None:
+        """See to a batch that nobody sees to, whoever it belongs to, the oldest first: its id and tenant.
+
+        None if there is none.
+        """
         row = self.database.row(_TAKE, {"runner": runner, "lease": LEASE_SECONDS})
-        return None if row is None else _batch_of(row)
+        return None if row is None else (row.id, row.tenant_id)
 
     def renew(self, batch_id: UUID, runner: UUID) -> ApiBatch:
         """Go on seeing to it. Raises Fenced."""
@@ -240,14 +243,8 @@ UPDATE api_batches SET state = 'cancelling', cancelling_at = now()
 WHERE id = :id AND tenant_id = :tenant AND state IN ('validating', 'in_progress')
 """)
 
-_TAKE = text(f"""
-UPDATE api_batches SET runner = :runner, runner_until = now() + make_interval(secs => :lease)
-WHERE id = (
-    SELECT id FROM api_batches WHERE {_OPEN} AND (runner_until IS NULL OR runner_until < now())
-    ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED
-)
-RETURNING {_COLUMNS}
-""")  # noqa: S608
+# For all tenants at once: see migration 0003.
+_TAKE = text("SELECT id, tenant_id FROM headrace_take_batch(:runner, :lease)")
 
 _RENEW = text(f"""
 UPDATE api_batches SET runner_until = now() + make_interval(secs => :lease) WHERE {_MINE} RETURNING {_COLUMNS}

@@ -15,8 +15,6 @@ from jobs.database import Database
 from jobs.errors import NotFound
 
 PIECE_BYTES = 262_144
-# A file that nobody finished within this time is given up.
-_UNFINISHED_SECONDS = 86_400
 # Whoever tidies up takes so many pieces at a time: one statement must not hold the disk for long.
 _TIDY_PIECES = 200
 
@@ -104,12 +102,11 @@ class Files:
             number += 1
 
     def tidy(self) -> int:
-        """Give up unfinished files, and remove the content of those that are deleted or expired and not needed.
+        """Remove some content that nobody can see and no batch needs, whoever it belonged to.
 
         Returns the number of pieces removed: there may be more while it is not 0.
         """
-        self.database.rows(_GIVE_UP, {"seconds": _UNFINISHED_SECONDS})
-        return len(self.database.rows(_REMOVE_PIECES, {"limit": _TIDY_PIECES}))
+        return len(self.database.rows(_TIDY, {"limit": _TIDY_PIECES}))
 
 
 class FileReader(io.RawIOBase):
@@ -221,19 +218,5 @@ _FORSAKE = text("UPDATE files SET deleted_at = now() WHERE id = :id AND bytes IS
 # While a batch needs it, its pieces stay.
 _SIZE = text("SELECT bytes FROM files WHERE id = :id AND tenant_id = :tenant AND bytes IS NOT NULL")
 
-_GIVE_UP = text("""
-UPDATE files SET deleted_at = now()
-WHERE bytes IS NULL AND deleted_at IS NULL AND created_at < now() - make_interval(secs => :seconds)
-""")
-
-_REMOVE_PIECES = text("""
-WITH gone AS (
-    SELECT p.file_id, p.number FROM file_pieces p JOIN files f ON f.id = p.file_id
-    WHERE (f.deleted_at IS NOT NULL OR f.expires_at <= now()) AND NOT EXISTS (
-        SELECT 1 FROM api_batches b
-        WHERE b.input_file_id = f.id AND b.state IN ('cancelling', 'finalizing', 'in_progress', 'validating')
-    )
-    LIMIT :limit FOR UPDATE OF p SKIP LOCKED
-)
-DELETE FROM file_pieces p USING gone g WHERE p.file_id = g.file_id AND p.number = g.number RETURNING p.number
-""")
+# For all tenants at once: see migration 0003.
+_TIDY = text("SELECT headrace_tidy_files(:limit)")

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     StringConstraints,
     Tag,
     ValidationError,
@@ -123,7 +124,8 @@ def _storable(message: object) -> object:
 class Frozen(BaseModel):
     """Immutable, and refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What is asked and answered is not quoted in errors, which are logged.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Message(Frozen):
@@ -195,6 +197,19 @@ class JobRequest(Frozen):
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
 
+    _findings: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def findings(self) -> dict[str, str]:
+        """Rules of the tenant's policy that took hold, and what each did. Ours to set: a request cannot bring any."""
+        return self._findings
+
+    def with_findings(self, findings: dict[str, str]) -> Self:
+        """The same request, with these noted."""
+        noted = self.model_copy()
+        noted._findings = dict(findings)  # noqa: SLF001 - our own kind
+        return noted
+
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if self.messages is None and self.prompt is None:
@@ -263,6 +278,10 @@ class JobRequest(Frozen):
     def metadata_payload(self) -> str | None:
         """The metadata as stored beside the payload: JSON text, None if there are none."""
         return orjson.dumps(self.metadata).decode() if self.metadata else None
+
+    def findings_payload(self) -> str | None:
+        """The findings as stored beside the payload."""
+        return orjson.dumps(self._findings).decode() if self._findings else None
 
     def digest(self, payload: str | None = None) -> bytes:
         """Tells two requests apart: SHA-256 of the payload without its idempotency key. A payload at hand is used."""
@@ -379,6 +398,8 @@ class Job(Frozen):
     call: Call | None = None
     """How it came over that route, if the answer needs to know."""
     metadata: dict[str, str] = Field(default_factory=dict)
+    policy: dict[str, str] = Field(default_factory=dict)
+    """Rules of the tenant's policy that took hold when it was accepted, and what each did: `redact` or `flag`."""
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None
     timings: Timings | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import orjson
@@ -43,12 +43,21 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a job may take of a key's quota; when it ends, what it did not take goes back."""
+
+    key_id: UUID
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A queued interactive job that wants a message."""
 
     id: UUID
     model: str
     priority: int
+    tenant_id: str = LOCAL_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +157,7 @@ class Store:
         request: JobRequest,
         max_attempts: int,
         tenant_id: str = LOCAL_TENANT,
+        reservation: Reservation | None = None,
         *,
         endpoint: str | None = None,
         call: Call | None = None,
@@ -157,26 +167,16 @@ class Store:
         `endpoint` and `call`: the route it came by, and how, if the answer needs to know. Raises IdempotencyConflict if
         id or key stand for another request.
         """
-        payload = request.payload()
-        fields = {
-            "id": job_id,
-            "tenant": tenant_id,
-            "model": request.model,
-            "priority": request.priority,
+        fields = _accept_fields(job_id, request, tenant_id) | {
             "max_attempts": request.max_attempts or max_attempts,
-            "deadline_seconds": request.deadline_seconds,
-            "key": request.idempotency_key,
-            "conversation": request.conversation,
-            "turn": None,
-            "request": payload,
-            "metadata": request.metadata_payload(),
-            "digest": request.digest(payload),
+            "key_id": reservation and reservation.key_id,
+            "reserved_tokens": reservation and reservation.tokens,
             "endpoint": endpoint,
             "call": call and call.model_dump_json(exclude_defaults=True),
         }
         created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
         if created is None:
-            return self._accepted_before(fields)
+            return self._accepted_before(fields) or _refuse_conflict(fields)
         return Accepted(job_id, State(created.state), _accepted_job(fields, request, call, created))
 
     def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
@@ -185,11 +185,14 @@ class Store:
         except _AcceptedBefore:
             return None
 
-    def _accepted_before(self, fields: dict[str, Any]) -> Accepted:
+    def accepted_before(self, job_id: UUID, request: JobRequest, tenant_id: str = LOCAL_TENANT) -> Accepted | None:
+        """The same request, by its id or idempotency key; None: there is none."""
+        return self._accepted_before(_accept_fields(job_id, request, tenant_id))
+
+    def _accepted_before(self, fields: dict[str, Any]) -> Accepted | None:
         row = self.database.row(_FIND_SAME, fields)
         if row is None or row.digest != fields["digest"]:
-            name = "idempotency_key" if fields["key"] else "id"
-            raise IdempotencyConflict(f"{name}: was used before with another request")
+            return None
         return Accepted(row.id, State(row.state), None)
 
     def mark_published(self, ids: Sequence[UUID]) -> None:
@@ -240,11 +243,11 @@ class Store:
         return [item.message for item in items]
 
     def ended(self, job_ids: Sequence[UUID]) -> set[UUID]:
-        """Which of these jobs have ended."""
+        """Which of these jobs have ended, whoever they belong to."""
         return {row.id for row in self.database.rows(_ENDED, {"ids": list(job_ids)})}
 
     def waiting(self) -> dict[str, int]:
-        """How many interactive jobs wait for each model."""
+        """How many interactive jobs wait for each model, whoever they belong to."""
         return {row.model: row.jobs for row in self.database.rows(_WAITING)}
 
     def forget(self, job_id: UUID, tenant_id: str) -> bool:
@@ -270,6 +273,13 @@ class Store:
     def models_waiting(self) -> list[str]:
         """Models with queued interactive jobs."""
         return [row.model for row in self.database.rows(_MODELS_WAITING)]
+
+    def tenant_of(self, job_id: UUID) -> str:
+        """Whose job it is, for tools of the operator's. Raises NotFound."""
+        row = self.database.row(_TENANT_OF, {"id": job_id})
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        return str(row.tenant_id)
 
     # -- looks --------------------------------------------------------------------------------------------------
 
@@ -321,6 +331,29 @@ class _AcceptedBefore(Exception):
     """Rolls a turn's number back: the job was there already."""
 
 
+def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[str, Any]:
+    payload = request.payload()
+    return {
+        "id": job_id,
+        "tenant": tenant_id,
+        "model": request.model,
+        "priority": request.priority,
+        "deadline_seconds": request.deadline_seconds,
+        "key": request.idempotency_key,
+        "conversation": request.conversation,
+        "turn": None,
+        "request": payload,
+        "metadata": request.metadata_payload(),
+        "policy": request.findings_payload(),
+        "digest": request.digest(payload),
+    }
+
+
+def _refuse_conflict(fields: dict[str, Any]) -> NoReturn:
+    name = "idempotency_key" if fields["key"] else "id"
+    raise IdempotencyConflict(f"{name}: was used before with another request")
+
+
 def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
     # The conversation's row is the lock that orders a new turn against the end of the one before it.
     if connection.execute(_FIND_SAME, fields).first() is not None:
@@ -350,6 +383,7 @@ def _accepted_job(fields: dict[str, Any], request: JobRequest, call: Call | None
         metadata=request.metadata,
         endpoint=fields["endpoint"],
         call=call,
+        policy=request.findings,
     )
 
 
@@ -413,9 +447,9 @@ def _cancel(connection: Connection, job_id: UUID, tenant_id: str) -> tuple[State
         raise NotFound(f"no job {job_id}")
     state = State(row.state)
     if state is State.RUNNING:
-        connection.execute(_ASK_TO_STOP, {"id": job_id})
+        connection.execute(_ASK_TO_STOP, fields)
     if state in {State.QUEUED, State.BLOCKED}:
-        ended = connection.execute(_END_WAITING, {"id": job_id}).all()
+        ended = connection.execute(_END_WAITING, fields).all()
         return State.CANCELLED, _release_turns(connection, ended)
     return state, ()
 
@@ -444,7 +478,7 @@ def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
         requeued=len(requeued),
         expired=len(expired),
         abandoned=len(abandoned),
-        to_publish=(*released, *(Waiting(row.id, row.model, row.priority) for row in waiting)),
+        to_publish=(*released, *(_waiting_of(row) for row in waiting)),
         ended=tuple(row.id for row in [*lost, *expired]),
     )
 
@@ -456,7 +490,11 @@ def _release_turns(connection: Connection, ended: Sequence[Row[Any]]) -> tuple[W
     fields = {"tenants": [t for t, _ in turns], "conversations": [c for _, c in turns]}
     # A statement of its own, after the lock: it must see what whoever held the lock before has committed.
     connection.execute(_LOCK_CONVERSATIONS, fields)
-    return tuple(Waiting(r.id, r.model, r.priority) for r in connection.execute(_RELEASE_TURNS, fields))
+    return tuple(_waiting_of(row) for row in connection.execute(_RELEASE_TURNS, fields))
+
+
+def _waiting_of(row: Any) -> Waiting:
+    return Waiting(row.id, row.model, row.priority, row.tenant_id)
 
 
 def _claim_of(row: Any) -> Claim:
@@ -481,6 +519,7 @@ def _job_of(fields: dict[str, Any]) -> Job:
     """A Job from a row of `_SELECT_JOB`."""
     cost = {name: fields.pop(name) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
+    fields["policy"] = fields["policy"] or {}
     fields["choices"] = fields["choices"] or ()
     if cost["token_dollars"] is not None:
         fields["cost"] = cost
@@ -492,7 +531,7 @@ def _job_of(fields: dict[str, Any]) -> Job:
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
-                      conversation, turn)
+                      conversation, turn, key_id, reserved_tokens)
     VALUES (:id, :tenant,
             CASE WHEN EXISTS (
                 SELECT 1 FROM jobs
@@ -500,12 +539,13 @@ WITH created AS (
             ) THEN 'blocked' ELSE 'queued' END,
             :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
-            CAST(:turn AS integer))
+            CAST(:turn AS integer), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, digest)
-    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json), :digest
+    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, policy, digest)
+    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json),
+           CAST(:policy AS json), :digest
     FROM created
 )
 SELECT state, turn, created_at FROM created
@@ -600,7 +640,8 @@ _INPUT_HELD = """
 # Locked in one order, so that two transactions never wait for each other.
 _SETTLEMENTS = f"{_INPUT}, held AS ({_INPUT_HELD} ORDER BY j.id FOR UPDATE OF j)"
 
-# From `ended`: the result, the bill and the attempt's end.
+# From `ended`: the result, the bill, the attempt's end, and what goes back to a key's quota while its minute lasts.
+# Keys are locked in one order, so that two transactions never wait for each other.
 _TAIL = """
 , written AS (
     INSERT INTO results (job_id, tenant_id, choices, error, usage, timings, served_by)
@@ -619,6 +660,15 @@ _TAIL = """
     SET ended_at = now(), outcome = e.attempt_outcome, error = e.error ->> 'message', busy_seconds = e.busy_seconds,
         machine_dollars = e.machine_dollars
     FROM ended e WHERE a.token = e.token AND a.ended_at IS NULL
+), metered AS (
+    SELECT key_id, minute_began_at FROM quotas
+    WHERE key_id IN (SELECT e.key_id FROM ended e) AND minute_began_at > now() - interval '60 s'
+    ORDER BY key_id FOR UPDATE
+), unused AS (
+    SELECT m.key_id, sum(e.reserved_tokens - e.prompt_tokens - e.completion_tokens) AS tokens
+    FROM ended e JOIN metered m ON m.key_id = e.key_id AND m.minute_began_at <= e.created_at GROUP BY m.key_id
+), given_back AS (
+    UPDATE quotas q SET used_tokens = greatest(q.used_tokens - u.tokens, 0) FROM unused u WHERE q.key_id = u.key_id
 )
 SELECT id, tenant_id, conversation FROM ended
 """
@@ -627,7 +677,8 @@ _END = """
 ended AS (
     UPDATE jobs j SET state = h.outcome, finished_at = now(), token = NULL, worker_id = NULL
     FROM held h WHERE j.id = h.id
-    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, h.token, h.outcome, h.attempt_outcome,
+    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, j.created_at, j.key_id, j.reserved_tokens,
+              h.token, h.outcome, h.attempt_outcome,
               h.choices, h.error, h.usage, h.timings, h.served_by, h.prompt_tokens, h.cached_tokens,
               h.completion_tokens, h.busy_seconds, h.token_dollars, h.machine_dollars
 )
@@ -664,6 +715,8 @@ _CLOSED_BEFORE = text("""
 SELECT job_id FROM attempts WHERE token = ANY(:tokens) AND ended_at IS NOT NULL AND outcome <> 'lost'
 """)
 
+_TENANT_OF = text("SELECT tenant_id FROM jobs WHERE id = :id")
+
 _LOCK = text("SELECT state FROM jobs WHERE id = :id AND tenant_id = :tenant FOR UPDATE")
 
 _LOCK_CONVERSATION_OF_BLOCKED = text("""
@@ -671,7 +724,9 @@ SELECT 1 FROM conversations c JOIN jobs j ON j.tenant_id = c.tenant_id AND j.con
 WHERE j.id = :id AND j.tenant_id = :tenant AND j.state = 'blocked' FOR UPDATE OF c
 """)
 
-_ASK_TO_STOP = text("UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id")
+_ASK_TO_STOP = text("""
+UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id AND tenant_id = :tenant
+""")
 
 # A row that ends without a worker's word: nothing was made, nothing is charged.
 _NOTHING_MADE = """
@@ -685,7 +740,7 @@ _END_WAITING = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE id = :id AND state IN ('queued', 'blocked')
+    FROM jobs WHERE id = :id AND tenant_id = :tenant AND state IN ('queued', 'blocked')
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
@@ -694,12 +749,28 @@ END_WAITING_ROWS = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' LIMIT :limit FOR UPDATE SKIP LOCKED
+    FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'queued' AND lane = 'bulk'
+    LIMIT :limit FOR UPDATE SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+# The same, of a batch whose time is over. Sweepers do this too, but they live in workers, and there may be none.
+EXPIRE_WAITING_ROWS = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
+           json_build_object(
+               'code', 'deadline_exceeded', 'message', 'its deadline passed before it could start'
+           ) AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' AND deadline_at <= now()
+    LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
 STOP_RUNNING_ROWS = text("""
-WITH running AS (SELECT id FROM jobs WHERE batch_id = :id AND state = 'running' ORDER BY id FOR UPDATE)
+WITH running AS (
+    SELECT id FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'running' ORDER BY id FOR UPDATE
+)
 UPDATE jobs j SET cancel_requested_at = coalesce(cancel_requested_at, now()) FROM running r WHERE j.id = r.id
 """)
 
@@ -796,7 +867,7 @@ WITH overtaken AS (
     ORDER BY j.priority, j.run_after LIMIT :limit
     FOR UPDATE OF j SKIP LOCKED
 )
-UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority
+UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
 _MODELS_WAITING = text("SELECT DISTINCT model FROM jobs WHERE state = 'queued' AND lane = 'interactive'")
@@ -815,14 +886,13 @@ WHERE j.tenant_id = e.tenant_id AND j.conversation = e.conversation AND j.state 
     SELECT 1 FROM jobs b
     WHERE b.tenant_id = j.tenant_id AND b.conversation = j.conversation AND b.turn < j.turn AND b.finished_at IS NULL
 )
-RETURNING j.id, j.model, j.priority
+RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
-_ENDED = text("SELECT id FROM jobs WHERE id = ANY(:ids) AND finished_at IS NOT NULL")
+# For all tenants at once: see migration 0003.
+_ENDED = text("SELECT headrace_ended(:ids) AS id")
 
-_WAITING = text("""
-SELECT model, count(*) AS jobs FROM jobs WHERE state = 'queued' AND lane = 'interactive' GROUP BY model
-""")
+_WAITING = text("SELECT model, jobs FROM headrace_waiting()")
 
 _FORGET = text("""
 UPDATE payloads SET forgotten_at = now() WHERE job_id = :id AND tenant_id = :tenant AND forgotten_at IS NULL
@@ -832,7 +902,7 @@ RETURNING job_id
 _SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
        j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
-       p.endpoint, p.metadata, p.call, r.choices, r.usage, r.timings, r.error, r.served_by,
+       p.endpoint, p.metadata, p.call, p.policy, r.choices, r.usage, r.timings, r.error, r.served_by,
        l.busy_seconds, l.token_dollars, l.machine_dollars
 FROM jobs j
 JOIN payloads p ON p.job_id = j.id

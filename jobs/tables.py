@@ -9,11 +9,13 @@ from enum import StrEnum
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
@@ -107,6 +109,8 @@ jobs = Table(
     Column("turn", Integer),  # from 1
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
     Column("line", BigInteger),  # line number in the batch's input, from 1
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
+    Column("reserved_tokens", Integer),  # of that quota
     _one_of("state", State),
     _one_of("lane", Lane),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN {_FINAL})", name="finished_when_final"),
@@ -119,6 +123,7 @@ jobs = Table(
     CheckConstraint("(lane = 'bulk') = (batch_id IS NOT NULL)", name="bulk_in_a_batch"),
     CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
     CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
+    CheckConstraint("(key_id IS NULL) = (reserved_tokens IS NULL)", name="reserved_under_a_key"),
     CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
     Index(
         "jobs_idempotency_key_key",
@@ -166,6 +171,7 @@ payloads = Table(
     Column("forgotten_at", DateTime(timezone=True)),  # when its owner deleted it from the API
     # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
     Column("metadata", JSON),
+    Column("policy", JSON),  # rules of the tenant's policy that took hold, and what each did
     Column("digest", LargeBinary, nullable=False),
 )
 
@@ -292,6 +298,9 @@ conversation_items = Table(
     Column("item", JSON),  # null: it is an item of a turn
     _now("created_at"),
     _time("deleted_at"),
+    ForeignKeyConstraint(
+        ["tenant_id", "conversation"], ["conversations.tenant_id", "conversations.id"], ondelete="CASCADE"
+    ),
     CheckConstraint("item IS NOT NULL OR deleted_at IS NOT NULL", name="turns_items_are_only_deleted"),
     Index("conversation_items_order_idx", "tenant_id", "conversation", "after_turn", "position"),
 )
@@ -397,7 +406,18 @@ quotas = Table(
     Column("tenant_id", Text, nullable=False),
     Column("tokens_per_minute", BigInteger, nullable=False),
     Column("used_tokens", BigInteger, nullable=False, server_default="0"),  # reserved ones too
-    _now("minute_began_at"),  # by the first request after the minute before was over
+    # With the first request after the minute before was over.
+    Column("minute_began_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
     CheckConstraint("tokens_per_minute > 0", name="limit_positive"),
     CheckConstraint("used_tokens >= 0", name="used_not_negative"),
+)
+
+# One row: the padded keys with which `headrace_tenant()` checks whom a gateway's session speaks for (`jobs.access`).
+tenant_proofs = Table(
+    "tenant_proofs",
+    metadata,
+    Column("single", Boolean, primary_key=True, server_default=text("true")),
+    Column("inner_pad", LargeBinary, nullable=False),
+    Column("outer_pad", LargeBinary, nullable=False),
+    CheckConstraint("single", name="one_row"),
 )

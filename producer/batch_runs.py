@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import IO, TypeVar
 from uuid import UUID, uuid4
 
-from jobs.api_batches import LEASE_SECONDS, LIFE_SECONDS, ApiBatch, ApiBatches, Counts, Fault
+from jobs.api_batches import LEASE_SECONDS, LIFE_SECONDS, ApiBatch, Counts, Fault
 from jobs.batches import Batch, Progress
 from jobs.errors import Fenced, ModelUnknown, NotFound, StoreUnavailable
-from jobs.files import FileReader, Files, FileWriter
+from jobs.files import FileReader, FileWriter
 from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.states import ApiBatchState, BatchState, State
@@ -77,10 +77,12 @@ class BatchRunner:
 
     def run_once(self, runner: UUID) -> bool:
         """One step of one batch; False if none has anything to be done. Raises StoreUnavailable."""
-        batch = ApiBatches(self._producer.database).take(runner)
-        if batch is None:
+        taken = self._producer.api_batches.take(runner)
+        if taken is None:
             return False
-        step = _Step(self._producer.for_tenant(batch.tenant_id), batch, runner, self._may_run, self._stop)
+        batch_id, tenant_id = taken
+        producer = self._producer.for_tenant(tenant_id)
+        step = _Step(producer, producer.api_batches.get(batch_id, tenant_id), runner, self._may_run, self._stop)
         try:
             step.run()
         except Fenced as error:
@@ -107,8 +109,7 @@ class BatchRunner:
     def _tidy(self) -> None:
         if time.monotonic() - self._tidied_at > _TIDY_SECONDS:
             self._tidied_at = time.monotonic()
-            files = Files(self._producer.database)
-            while files.tidy() and not self._stop.is_set():
+            while self._producer.files.tidy() and not self._stop.is_set():
                 pass
 
 
@@ -128,8 +129,8 @@ class _Step:
         self._runner = runner
         self._may_run = may_run
         self._stop = stop
-        self._all = ApiBatches(producer.database)
-        self._files = Files(producer.database)
+        self._all = producer.api_batches
+        self._files = producer.files
         self._renewed_at = time.monotonic()
 
     def run(self) -> None:
@@ -190,13 +191,13 @@ class _Step:
     def _batch_of(self, size: int) -> Batch:
         """The rows' batch, which is made or gone on with unless its whole input is in."""
         try:
-            batch = self._producer.batches.get(self._batch.id, self._batch.tenant_id)
+            batch = self._producer.batches.get(self._batch.id)
         except NotFound:
             batch = None
         if batch is not None and batch.input_offset == size and batch.state is not BatchState.FILLING:
             return batch
         source = {"kind": "api", "input_file_id": str(self._batch.input_file_id)}
-        return self._producer.batches.open(self._batch.id, source, self._batch.tenant_id)
+        return self._producer.batches.open(self._batch.id, source)
 
     def _checked(self, request: JobRequest) -> JobRequest:
         """A line against its model; it ends with the batch's time. Raises RequestInvalid."""
@@ -224,7 +225,7 @@ class _Step:
             self._finalize(progress)
             return
         if self._batch.seconds_left < -_OVERDUE_SECONDS:
-            self._producer.store.sweep([])
+            self._producer.batches.expire(self._batch.id)
         lasted_seconds = LIFE_SECONDS - self._batch.seconds_left
         seconds = min(_LOOK_MAX_SECONDS, max(_LOOK_MIN_SECONDS, lasted_seconds / _LOOK_SHARE))
         self._all.rest(self._batch.id, self._runner, seconds)
@@ -251,7 +252,7 @@ class _Step:
 
     def _input_lines(self) -> int:
         try:
-            return self._producer.batches.get(self._batch.id, self._batch.tenant_id).input_lines
+            return self._producer.batches.get(self._batch.id).input_lines
         except NotFound:  # cancelled before anything was taken in
             return 0
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Iterable
+from typing import Self
 
 from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
 from jobs.schema import JobRequest
@@ -10,6 +13,7 @@ from jobs.settings import Settings
 from models.catalog import Catalog, CatalogError, ModelSpec, UnknownModel
 from models.prompt import PromptError, PromptFormat, encode_prompt, load_prompt_format
 from models.protocol import InvalidRequest, check_logprob_values
+from producer.policy import Policies, Policy
 
 # A model hub that does not answer is given up after some 25 s; a file of a million lines must not wait for each.
 _UNUSABLE_SECONDS = 60.0
@@ -32,11 +36,22 @@ class Validator:
         self._max_prompt_bytes = settings.max_prompt_bytes
         self._unusable: dict[str, tuple[str, float]] = {}  # by model: why, and until when nothing is tried
         self._formats: dict[str, PromptFormat] = {}  # by model; to ask with the whole spec costs a hash of it
+        self._policies = Policies(settings)
+        self._policy = Policy()
+        self._allowed: frozenset[str] | None = None
+
+    def for_tenant(self, tenant_id: str, models: Iterable[str] | None = None) -> Self:
+        """The same, by the tenant's policy, and for these models alone. It shares what was loaded."""
+        other = copy.copy(self)
+        other._policy = self._policies.of(tenant_id)  # noqa: SLF001 - our own kind
+        other._allowed = None if models is None else frozenset(models)  # noqa: SLF001
+        return other
 
     def check(self, request: JobRequest) -> JobRequest:
         """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
         spec = self._spec(request.model)
         self._check_size(request)
+        request = self._policy.apply(request)
         _check_engine(request, spec)
         form = self._format(spec)
         prompt_tokens = _prompt_tokens(form, request)
@@ -60,7 +75,14 @@ class Validator:
         except CatalogError:
             return None
 
+    def most_tokens(self, checked: JobRequest) -> int:
+        """What a request that was checked may take at most: its prompt, and every answer to its limit."""
+        assert checked.max_tokens is not None
+        return _prompt_tokens(self._format(self._spec(checked.model)), checked) + checked.n * checked.max_tokens
+
     def _spec(self, model: str) -> ModelSpec:
+        if self._allowed is not None and model not in self._allowed:
+            raise ModelUnknown(f"the key is not for the model {model!r}")
         try:
             return self._catalog.get(model)
         except UnknownModel as error:

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from headrace.servers import Servers
-from kit.databases import migrated_template, temporary_database
+from kit.databases import SECRET, migrated_template, temporary_database
 from kit.homes import temporary_home
 
 if TYPE_CHECKING:
@@ -82,5 +82,6 @@ def settings(tmp_path: Path, database_url: str, servers: SharedServers, key_pref
         home=tmp_path / "home",
         database_url=database_url,
         broker_url=servers.broker_url,
+        secret=SECRET,
         key_prefix=key_prefix,
     )

@@ -63,7 +63,7 @@ def serve(
         raise StackError('the gateway is not installed here: pip install "headrace[gateway]"')
     from producer.gateway.serving import serve as serve_gateway
 
-    settings = connected_settings()
+    settings = connected_settings().for_gateway()
     where = gateway.place(port, address)
     if as_json:
         show.emit({"url": where.url, "pid": os.getpid()})

@@ -156,13 +156,13 @@ class BulkRun:
             self._sidecar.write(wanted)
         self.continued = link is not None
         self._link = wanted
-        self._batch = self._batches.open(wanted.batch_id, self._source(wanted), self._producer.tenant_id)
+        self._batch = self._batches.open(wanted.batch_id, self._source(wanted))
         self._offset = self._batch.input_offset
 
     def _alive(self, link: Link) -> bool:
         """Whether its batch may still be gone on with; one that this store has never seen may be begun."""
         try:
-            return self._batches.get(link.batch_id, self._producer.tenant_id).state is not BatchState.CANCELLED
+            return self._batches.get(link.batch_id).state is not BatchState.CANCELLED
         except NotFound:
             return True
 
@@ -219,7 +219,7 @@ class BulkRun:
 
     def _check_whole(self) -> None:
         """A chunk that does not fit onto what was committed changes nothing: the batch was cancelled meanwhile."""
-        self._batch = self._steadily(lambda: self._batches.get(self.batch_id, self._producer.tenant_id))
+        self._batch = self._steadily(lambda: self._batches.get(self.batch_id))
         if self._batch.input_offset != self._link.input_bytes:
             raise BulkError(f"batch {self.batch_id} was cancelled, or {self.options.input} was changed meanwhile")
 

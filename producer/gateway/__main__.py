@@ -10,4 +10,4 @@ from producer.gateway.serving import LOOPBACK, serve
 
 if __name__ == "__main__":
     set_up_logging("gateway")
-    serve(connected_settings(), int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else LOOPBACK)  # noqa: PLR2004
+    serve(connected_settings().for_gateway(), int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else LOOPBACK)  # noqa: PLR2004

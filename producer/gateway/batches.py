@@ -8,7 +8,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 
-from jobs.api_batches import ApiBatch, ApiBatches, Counts
+from jobs.api_batches import ApiBatch, Counts
 from jobs.errors import NotFound, RequestInvalid
 from jobs.ids import new_id
 from jobs.states import ApiBatchState
@@ -37,7 +37,7 @@ async def create(request: Request, visitor: Submitter) -> Response:
     metadata, seconds = metadata_of(body), _output_seconds(body)
     file = await found_file(visitor, required(body, "input_file_id", str, _TEXT), "input_file_id")
     work = partial(
-        ApiBatches(visitor.producer.database).create,
+        visitor.producer.api_batches.create,
         new_id(),
         visitor.tenant_id,
         endpoint=endpoint,
@@ -66,7 +66,7 @@ async def list_batches(request: Request, visitor: Reader) -> Response:
     """List batches, the newest first."""
     limit = limit_of(request, 20, 100)
     after = cursor_of(BATCH, "batch", request.query_params.get("after"))
-    work = partial(ApiBatches(visitor.producer.database).list, visitor.tenant_id, after=after, limit=limit + 1)
+    work = partial(visitor.producer.api_batches.list, visitor.tenant_id, after=after, limit=limit + 1)
     return json_reply(page([await _object(visitor, batch) for batch in await in_thread(work)], limit))
 
 
@@ -82,7 +82,7 @@ async def cancel(name: str, visitor: Submitter) -> Response:
     """Stop a batch. What has ended so far is kept."""
     batch_id = id_of(BATCH, "batch", name)
     await _found(visitor, batch_id, name)
-    batch = await in_thread(ApiBatches(visitor.producer.database).cancel, batch_id, visitor.tenant_id)
+    batch = await in_thread(visitor.producer.api_batches.cancel, batch_id, visitor.tenant_id)
     if batch.state.final and batch.state is not ApiBatchState.CANCELLED:
         message = f"Cannot cancel a batch with status '{batch.state}'."
         raise ApiError(409, message, code="invalid_value", headers=FINAL)
@@ -92,7 +92,7 @@ async def cancel(name: str, visitor: Submitter) -> Response:
 
 async def _found(visitor: Visitor, batch_id: UUID, name: str) -> ApiBatch:
     try:
-        return await in_thread(ApiBatches(visitor.producer.database).get, batch_id, visitor.tenant_id)
+        return await in_thread(visitor.producer.api_batches.get, batch_id, visitor.tenant_id)
     except NotFound:
         raise not_found("batch", name) from None
 

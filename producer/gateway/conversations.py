@@ -88,7 +88,7 @@ async def delete_item(name: str, item: str, visitor: Submitter) -> Response:
 
 
 def _of(visitor: Visitor) -> Conversations:
-    return Conversations(visitor.producer.database)
+    return visitor.producer.conversations
 
 
 async def _asked(visitor: Visitor, work: Any, name: str, *rest: Any) -> Any:

@@ -13,7 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.responses import StreamingResponse
 
 from jobs.errors import NotFound, RequestInvalid
-from jobs.files import PIECE_BYTES, File, Files, FileWriter
+from jobs.files import PIECE_BYTES, File, FileWriter
 from jobs.ids import new_id
 from producer.batch_runs import OUTPUT_SECONDS
 from producer.gateway.errors import json_reply, not_found
@@ -36,7 +36,7 @@ async def upload(request: Request, visitor: Submitter) -> Response:
     async with request.form(max_files=1, max_fields=_FORM_FIELDS, max_part_size=PIECE_BYTES) as form:
         content, purpose = _upload_of(form), _purpose_of(form)
         name, seconds = _name_of(content), _seconds_of(form, purpose)
-        files = Files(visitor.producer.database)
+        files = visitor.producer.files
         file_id = new_id()
         await in_thread(files.begin, file_id, visitor.tenant_id, purpose, name, seconds)
         writer = FileWriter(files, file_id, visitor.tenant_id)
@@ -93,7 +93,7 @@ async def list_files(request: Request, visitor: Reader) -> Response:
     """List files."""
     limit, query = limit_of(request, MAX_LISTED, MAX_LISTED), request.query_params
     work = partial(
-        Files(visitor.producer.database).list,
+        visitor.producer.files.list,
         visitor.tenant_id,
         purpose=query.get("purpose"),
         after=cursor_of(FILE, "file", query.get("after")),
@@ -131,7 +131,7 @@ async def get_content(name: str, visitor: Reader) -> Response:
 
 
 async def _pieces(visitor: Visitor, file: File) -> AsyncIterator[bytes]:
-    files = Files(visitor.producer.database)
+    files = visitor.producer.files
     for number in range(-(-file.bytes // PIECE_BYTES)):
         yield await in_thread(files.piece, file.id, number)
 
@@ -141,7 +141,7 @@ async def delete_file(name: str, visitor: Submitter) -> Response:
     """Delete a file. A batch that was begun on it goes on."""
     file_id = id_of(FILE, "file", name)
     try:
-        await in_thread(Files(visitor.producer.database).delete, file_id, visitor.tenant_id)
+        await in_thread(visitor.producer.files.delete, file_id, visitor.tenant_id)
     except NotFound:
         raise not_found("file", name) from None
     return json_reply({"id": name, "object": "file", "deleted": True})
@@ -151,7 +151,7 @@ async def found_file(visitor: Visitor, name: str, param: str | None = None) -> F
     """The file. Raises ApiError."""
     file_id = id_of(FILE, "file", name, param)
     try:
-        return await in_thread(Files(visitor.producer.database).get, file_id, visitor.tenant_id)
+        return await in_thread(visitor.producer.files.get, file_id, visitor.tenant_id)
     except NotFound:
         raise not_found("file", name, param) from None
 

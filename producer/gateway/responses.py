@@ -10,7 +10,6 @@ from uuid import UUID
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from jobs.conversations import Conversations
 from jobs.errors import HeadraceError, NotFound, RequestInvalid
 from jobs.schema import Call, Job, JobRequest, Message
 from jobs.states import State
@@ -177,7 +176,7 @@ def _messages_up_to(visitor: Visitor, job: Job, request: JobRequest) -> tuple[Me
     """Everything that was said up to this answer, it included."""
     before: list[dict[str, str]] = []
     if job.conversation is not None and job.turn is not None:
-        conversations = Conversations(visitor.producer.database)
+        conversations = visitor.producer.conversations
         before = [item.message for item in conversations.items(job.tenant_id, job.conversation, before_turn=job.turn)]
     said = tuple(Message.model_validate(message) for message in before)
     return (*said, *(request.messages or ()), Message(role="assistant", content=job.text))
@@ -189,7 +188,7 @@ async def count_tokens(request: Request, visitor: Submitter) -> Response:
     order = await _order(visitor, await json_object(request), None)
     counted = order.request
     if counted.conversation is not None:
-        items = await in_thread(Conversations(visitor.producer.database).items, visitor.tenant_id, counted.conversation)
+        items = await in_thread(visitor.producer.conversations.items, visitor.tenant_id, counted.conversation)
         said = tuple(Message.model_validate(item.message) for item in items)
         counted = counted.model_copy(update={"messages": (*said, *(counted.messages or ()))})
     tokens = await in_thread(visitor.producer.validator.prompt_tokens, counted)

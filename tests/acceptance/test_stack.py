@@ -21,6 +21,7 @@ from headrace.stack import Stack
 from jobs.home import Home, Record, StackError
 from jobs.settings import Settings
 from kit.commands import PATIENCE_SECONDS, Background, User, user
+from kit.databases import SECRET
 from kit.homes import temporary_home
 from kit.waiting import wait_until
 
@@ -159,7 +160,7 @@ def test_what_is_killed_is_started_again(ann: User, up: Background, record: Reco
 
 def test_configured_servers_are_used_and_none_is_started(servers: Any, database_url: str, key_prefix: str) -> None:
     """`up` migrates and serves on them; a run after it brings its own worker; neither stops them."""
-    urls = {"HEADRACE_DATABASE_URL": database_url, "HEADRACE_BROKER_URL": servers.broker_url}
+    urls = {"HEADRACE_DATABASE_URL": database_url, "HEADRACE_BROKER_URL": servers.broker_url, "HEADRACE_SECRET": SECRET}
     with user(**QUICK, **urls, HEADRACE_KEY_PREFIX=key_prefix) as one:
         with one.up("--model", "echo", "--no-flower") as command:
             record = one.record_of(command)

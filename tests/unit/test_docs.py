@@ -15,7 +15,7 @@ import typer.main
 from jobs.batches import Batches
 from jobs.dispatch import Dispatcher
 from jobs.leases import Leases
-from jobs.settings import CONFIG_VARIABLE, PREFIX, Settings
+from jobs.settings import CONFIG_VARIABLE, PREFIX, TABLES, Settings
 from jobs.states import State
 from jobs.store import Store
 from jobs.tables import metadata
@@ -53,7 +53,7 @@ def test_the_table_of_settings_is_that_of_the_code(generator: ModuleType) -> Non
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
 def test_every_setting_is_documented(name: str) -> None:
     """A setting that is in the code is in the page of settings."""
-    expected = "[models." if name == "models" else f"`{PREFIX}{name.upper()}`"
+    expected = f"[{name}" if name in TABLES else f"`{PREFIX}{name.upper()}`"
     assert expected in _text("docs/settings.md")
 
 

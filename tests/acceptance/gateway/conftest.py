@@ -32,7 +32,7 @@ def system(servers: Any, database_template: str, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def gateway(system: System) -> Iterator[RunningGateway]:
     """The gateway."""
-    with gateway_on(system.producer) as running:
+    with gateway_on(system.settings) as running:
         yield running
 
 

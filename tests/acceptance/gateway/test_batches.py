@@ -268,11 +268,11 @@ def test_the_same_name_makes_one_batch(client: openai.OpenAI) -> None:
 
 def test_another_gateway_goes_on_with_a_batch(system: System) -> None:
     """The one that took it in may go."""
-    with gateway_on(system.producer) as first:
+    with gateway_on(system.settings) as first:
         client = first.client()
         made = begin(client, upload(client, *[line(f"r{n}", "some words", model="slow") for n in range(60)]))
         wait_until(lambda: client.batches.retrieve(made.id).status == "in_progress", PATIENCE_SECONDS, "it runs")
-    with gateway_on(system.producer) as second:
+    with gateway_on(system.settings) as second:
         done = ended(second.client(), made)
         assert done.request_counts.model_dump() == {"total": 60, "completed": 60, "failed": 0}
         names = [one["custom_id"] for one in lines_of(second.client(), done.output_file_id)]

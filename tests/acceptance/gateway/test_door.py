@@ -68,10 +68,8 @@ def test_no_other_word_lets_in(gateway: RunningGateway, header: str) -> None:
 
 def test_a_revoked_key_is_refused(gateway: RunningGateway) -> None:
     """By a gateway that has never seen it, at once."""
-    from jobs.keys import Keys
-
     key, secret = gateway.key()
-    Keys(gateway.producer.database).revoke(key.id)
+    gateway.keys.revoke(key.id)
     with pytest.raises(openai.AuthenticationError):
         gateway.client(secret=secret).models.list()
 
@@ -304,10 +302,9 @@ def test_memory_stays_flat(http: httpx2.Client) -> None:
 def test_the_door_to_a_full_queue(system: System) -> None:
     """429, and when to come back; nothing more is queued."""
     from kit.gateways import gateway_on
-    from producer.client import Producer
 
     settings = system.settings.model_copy(update={"gateway_waiting_jobs": 3})
-    with Producer(settings) as producer, gateway_on(producer) as small:
+    with gateway_on(settings) as small:
         client = small.client()
         made = [client.responses.create(model="idle", input="x", background=True) for _ in range(3)]
         with pytest.raises(openai.RateLimitError) as refused:

@@ -362,9 +362,9 @@ def test_a_gateway_that_goes_leaves_the_background(system: System) -> None:
     """What was accepted goes on without it, and another gateway tells of it."""
     from kit.gateways import gateway_on
 
-    with gateway_on(system.producer) as first:
+    with gateway_on(system.settings) as first:
         made = first.client().responses.create(model="slow", input="Hello there " * 5, background=True)
-    with gateway_on(system.producer) as second:
+    with gateway_on(system.settings) as second:
         assert ended(second.client(), made.id).output_text == "Hello there " * 5
     job_id = made.id.removeprefix("resp_")
     assert [job.state for job in system.producer.list(model="slow") if job.id.hex == job_id] == [State.SUCCEEDED]

@@ -137,7 +137,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     engine = FakeEngine()
     engine.ready.set()
     return FakeHost(
-        settings=Settings.load(database_url="postgresql://nowhere/x", broker_url="redis://nowhere/0"),
+        settings=Settings.load(database_url="postgresql://nowhere/x", broker_url="redis://nowhere/0", secret="s" * 32),
         spec=spec,
         slots=spec.slots,
         served_by="echo on echo, none, cpu",
