@@ -10,7 +10,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
+import openai
 import psutil
 import psycopg
 import pytest
@@ -38,7 +40,7 @@ def ann() -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def up(ann: User) -> Iterator[Background]:
-    """Her stack: echo and Flower."""
+    """Her stack: echo, Flower and the gateway."""
     with ann.up("--model", "echo") as command:
         yield command
 
@@ -109,6 +111,23 @@ def test_flower_shows_a_job_under_its_id(ann: User, record: Record) -> None:
     assert "watch me" not in json.dumps(task)
 
 
+def test_the_gateway_answers_to_the_key_of_the_record(ann: User, record: Record) -> None:
+    """The official client works with what stack.json says, and the job is one of the stack's."""
+    with openai.OpenAI(base_url=f"{record.gateway_url}/v1", api_key=record.gateway_key, max_retries=0) as client:
+        made = client.responses.create(model="echo", input="over HTTP")
+    assert made.output_text == "over HTTP"
+    shown = ann.call("status", str(UUID(made.id.removeprefix("resp_"))), "--json").json
+    assert (shown["state"], shown["text"]) == ("succeeded", "over HTTP")
+
+
+def test_the_gateways_process_has_no_other_way_into_postgres(ann: User, record: Record) -> None:
+    """It knows the user that Postgres holds to one tenant, and not the tables' owner."""
+    environment = ann.program("producer.gateway").environ()
+    owner = make_url(record.database_url)
+    assert make_url(environment["HEADRACE_DATABASE_URL"]).username != owner.username
+    assert not [name for name, value in environment.items() if str(owner.password) in value]
+
+
 def test_flower_knows_the_queues_of_the_worker(record: Record) -> None:
     """Their lengths are on its broker page from the start."""
     names = {queue["name"] for queue in json.loads(_flower(record, "/api/queues/length"))["active_queues"]}
@@ -143,6 +162,7 @@ def test_another_home_has_a_stack_of_its_own(ann: User, record: Record) -> None:
     [
         ("workers.supervisor", "worker echo"),
         ("headrace.flower", "Flower"),
+        ("producer.gateway", "gateway"),
         ("redis-server", "Redis"),
         ("postgres", "Postgres"),
     ],
@@ -155,6 +175,7 @@ def test_what_is_killed_is_started_again(ann: User, up: Background, record: Reco
     up.await_until(lambda: _program(ann, record, name) not in {None, victim}, f"{title} runs again")
     up.await_until(lambda: ann.call("submit", "again", "--model", "echo", "--wait").out == "again\n", "a job ends")
     up.await_until(lambda: _answers(record), "Flower answers")
+    up.await_until(lambda: _is_healthy(record), "the gateway answers")
     assert f"{title} ended; starting it again" in up.said
 
 
@@ -254,7 +275,7 @@ def _plain(url: str) -> str:
 
 def _secrets(record: Record) -> list[str]:
     passwords = [make_url(url).password for url in (record.database_url, record.broker_url)]
-    return [str(password) for password in [*passwords, record.flower_password] if password]
+    return [str(password) for password in [*passwords, record.flower_password, record.gateway_key] if password]
 
 
 def _port(url: str | None) -> int:
@@ -282,6 +303,13 @@ def _ports(process: psutil.Process) -> set[int]:
 def _answers(record: Record) -> bool:
     try:
         return bool(_flower(record, "/workers"))
+    except OSError:
+        return False
+
+
+def _is_healthy(record: Record) -> bool:
+    try:
+        return bool(_get(f"{record.gateway_url}/health", None))
     except OSError:
         return False
 
