@@ -24,7 +24,7 @@ from jobs.errors import Forbidden, NotFound, Unauthorized
 from jobs.ids import new_id
 from jobs.states import Role
 
-__all__ = ["ApiKey", "KeyRecord", "Keys", "Role"]
+__all__ = ["ApiKey", "KeyRecord", "Keys", "Role", "digest_of"]
 
 _PREFIX = "hr-"
 _SECRET_BYTES = 32
@@ -75,7 +75,10 @@ class Keys:
 
     def authenticate(self, secret: str) -> ApiKey:
         """Whose secret this is. Raises Unauthorized. An answer is at most `CACHE_SECONDS` old."""
-        digest = _digest(secret)
+        return self.by_digest(digest_of(secret))
+
+    def by_digest(self, digest: bytes) -> ApiKey:
+        """The same, of a secret that was shown before and that nobody should have to keep."""
         asked_at = time.monotonic()
         with self._lock:
             key, until = self._cache.get(digest, (None, 0.0))
@@ -125,11 +128,11 @@ class Keys:
     def rotate(self, key_id: UUID) -> tuple[ApiKey, str]:
         """The same key under a new secret; the old one is refused as if it were revoked. Raises NotFound."""
         secret = _new_secret()
-        row = self.database.row(_ROTATE, {"id": key_id, "digest": _digest(secret)})
+        row = self.database.row(_ROTATE, {"id": key_id, "digest": digest_of(secret)})
         if row is None:
             raise _unknown(key_id)
         self._forget(key_id)
-        return _key_of(self.database.row(_FIND, {"digest": _digest(secret)})), secret
+        return _key_of(self.database.row(_FIND, {"digest": digest_of(secret)})), secret
 
     def _forget(self, key_id: UUID) -> None:
         with self._lock:
@@ -140,7 +143,8 @@ def _new_secret() -> str:
     return _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
 
 
-def _digest(secret: str) -> bytes:
+def digest_of(secret: str) -> bytes:
+    """What is kept of a secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -152,7 +156,7 @@ def _create(connection: Connection, key: ApiKey, secret: str) -> None:
     fields = {
         "id": key.id,
         "tenant": key.tenant_id,
-        "digest": _digest(secret),
+        "digest": digest_of(secret),
         "tier": key.tier,
         "models": None if key.models is None else list(key.models),
         "roles": sorted(key.roles),

@@ -24,6 +24,7 @@ class Purpose(StrEnum):
 
     MESSAGES = "headrace messages"
     TENANTS = "headrace tenants"
+    SESSIONS = "headrace sessions"
 
 
 def key_for(secret: str, purpose: Purpose) -> bytes:

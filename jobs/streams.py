@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import orjson
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 # What is cut off at the front is told from the result at the end.
 _PIECES = 20_000
 BEGINNING = "0-0"
+_PIECE, _SIGNATURE = "p", "s"
+_KIND = "piece"
+_Entry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Streams:
         try:
             with self._redis.pipeline(transaction=False) as pipeline:
                 for job_id, piece in pieces:
-                    pipeline.xadd(self._key(job_id), {"p": _written(piece)}, maxlen=_PIECES, approximate=True)
+                    pipeline.xadd(self._key(job_id), self._signed(job_id, piece), maxlen=_PIECES, approximate=True)
                 for job_id in jobs:
                     pipeline.pexpire(self._key(job_id), self._milliseconds)
                 pipeline.execute()
@@ -75,7 +78,20 @@ class Streams:
         except UNREACHABLE as error:
             log.warning("the streams of %d jobs cannot be read: %s", len(after), error)
             return [(position, []) for _, position in after]
-        return [_read(entries, position) for (_, position), entries in zip(after, found, strict=True)]
+        return [self._read(*place, entries) for place, entries in zip(after, found, strict=True)]
+
+    def _signed(self, job_id: UUID, piece: Piece) -> dict[Any, Any]:
+        written = _written(piece)
+        return {_PIECE: written, _SIGNATURE: self._signals.signer.sign(_KIND, f"{job_id} {written}")}
+
+    def _read(self, job_id: UUID, position: str, entries: Sequence[_Entry]) -> tuple[str, list[Piece]]:
+        """What none of us signed is passed over: it is told from the result."""
+        texts = [(fields.get(_PIECE.encode(), b"").decode(), fields.get(_SIGNATURE.encode())) for _, fields in entries]
+        ours = [text for text, signature in texts if self._accepts(job_id, text, signature)]
+        return (entries[-1][0].decode() if entries else position), [_piece(orjson.loads(text)) for text in ours]
+
+    def _accepts(self, job_id: UUID, text: str, signature: bytes | None) -> bool:
+        return self._signals.signer.accepts((signature or b"").decode(errors="replace"), _KIND, f"{job_id} {text}")
 
     def close(self) -> None:
         """Let go of Redis."""
@@ -85,14 +101,9 @@ class Streams:
         return f"{self._prefix}:stream:{job_id}"
 
 
-def _written(piece: Piece) -> bytes:
+def _written(piece: Piece) -> str:
     logprobs = [one.model_dump(exclude_defaults=True) for one in piece.logprobs]
-    return orjson.dumps([piece.attempt, piece.number, piece.choice, piece.text, piece.tokens, logprobs])
-
-
-def _read(entries: Sequence[tuple[bytes, dict[bytes, bytes]]], position: str) -> tuple[str, list[Piece]]:
-    pieces = [_piece(orjson.loads(fields[b"p"])) for _, fields in entries]
-    return (entries[-1][0].decode() if entries else position), pieces
+    return orjson.dumps([piece.attempt, piece.number, piece.choice, piece.text, piece.tokens, logprobs]).decode()
 
 
 def _piece(fields: list[Any]) -> Piece:

@@ -9,10 +9,11 @@ from fastapi import FastAPI, Response
 
 from jobs.keys import Keys
 from producer.client import Producer
-from producer.gateway import batches, completions, conversations, errors, files, models, responses
+from producer.gateway import batches, completions, conversations, errors, files, models, page, responses
 from producer.gateway.door import Door
 from producer.gateway.errors import json_reply
 from producer.gateway.service import opened
+from producer.gateway.sessions import Sessions
 
 _ROUTERS = (
     models.router,
@@ -21,6 +22,7 @@ _ROUTERS = (
     responses.router,
     conversations.router,
     completions.router,
+    page.router,
 )
 # Beside the file itself: the other fields of the form.
 _FORM_BYTES = 100_000
@@ -29,10 +31,11 @@ _FORM_BYTES = 100_000
 def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
     """The gateway on this producer, which stays the caller's to close."""
     keys = keys or Keys(producer.database)
+    sessions = Sessions(keys, str(producer.settings.secret))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with opened(producer) as gateway:
+        async with opened(producer, sessions) as gateway:
             await gateway.admission.look(0.0)
             app.state.gateway = gateway
             yield
@@ -45,7 +48,8 @@ def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
     settings = producer.settings
     app.add_middleware(
         Door,
-        authenticate=keys.authenticate,
+        keys=keys,
+        sessions=sessions,
         body_bytes=settings.gateway_body_bytes,
         file_bytes=settings.gateway_file_bytes + _FORM_BYTES,
     )

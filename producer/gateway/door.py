@@ -10,22 +10,24 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 from anyio.to_thread import run_sync
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.errors import HeadraceError, Unauthorized
+from jobs.errors import Forbidden, HeadraceError, Unauthorized
+from jobs.keys import ApiKey, Keys
 from producer.gateway.errors import ApiError, reply_to, translated
+from producer.gateway.sessions import CSRF_HEADER, Sessions, session_in
 
 log = logging.getLogger(__name__)
-
-Authenticate = Callable[[str], Any]
 
 # Paths that need no key.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/login"})
 OPEN_FOLDERS = ("/static/",)
+# What the page asks; a session opens nothing else.
+PAGE_FOLDER = "/ui/"
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CLOSE = {"Connection": "close"}
 _BEARER = re.compile(r"Bearer +(\S{1,512}) *", re.IGNORECASE)
 
@@ -33,9 +35,10 @@ _BEARER = re.compile(r"Bearer +(\S{1,512}) *", re.IGNORECASE)
 class Door:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, *, authenticate: Authenticate, body_bytes: int, file_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, sessions: Sessions, body_bytes: int, file_bytes: int) -> None:
         self._app = app
-        self._authenticate = authenticate
+        self._keys = keys
+        self._sessions = sessions
         self._body_bytes = body_bytes
         self._file_bytes = file_bytes
 
@@ -50,7 +53,7 @@ class Door:
             _check_address(scope)
             _check_body(Headers(scope=scope), limit)
             if not _is_open(scope["path"]):
-                scope.setdefault("state", {})["caller"] = await self._caller(Headers(scope=scope))
+                scope.setdefault("state", {})["caller"] = await self._caller(scope)
             await self._app(scope, _limited(receive, limit), visit.send)
         except Exception as error:
             if not isinstance(error, ApiError | HeadraceError):
@@ -59,11 +62,24 @@ class Door:
                 raise
             await reply_to(_parting(translated(error)))(scope, receive, visit.send)
 
-    async def _caller(self, headers: Mapping[str, str]) -> Any:
+    async def _caller(self, scope: Scope) -> ApiKey:
+        headers = Headers(scope=scope)
+        if scope["path"].startswith(PAGE_FOLDER) and "authorization" not in headers:
+            return await self._in_session(scope["method"], headers)
         bearer = _BEARER.fullmatch(headers.get("authorization", ""))
         if bearer is None:
             raise Unauthorized("no key")
-        return await run_sync(self._authenticate, bearer[1])
+        return await run_sync(self._keys.authenticate, bearer[1])
+
+    async def _in_session(self, method: str, headers: Mapping[str, str]) -> ApiKey:
+        """Whoever has signed in on the page. Raises Unauthorized, Forbidden."""
+        session = session_in(headers.get("cookie", ""))
+        if session is None:
+            raise Unauthorized("no session")
+        key = await run_sync(self._sessions.key_of, session)
+        if method not in _SAFE_METHODS and not self._sessions.has_csrf(session, headers.get(CSRF_HEADER)):
+            raise Forbidden("this request does not come from our page")
+        return key
 
 
 def _parting(refusal: ApiError) -> ApiError:

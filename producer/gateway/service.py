@@ -18,6 +18,7 @@ from producer.batch_runs import BatchRunner
 from producer.client import Producer
 from producer.following import Follower
 from producer.gateway.admission import Admission
+from producer.gateway.sessions import Sessions
 from producer.validation import catalog_of
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Gateway:
     follower: Follower
     admission: Admission
     runner: BatchRunner
+    sessions: Sessions
     configured: frozenset[str]  # names of models that have a table, or come with us
 
     def models(self) -> list[str]:
@@ -39,7 +41,7 @@ class Gateway:
 
 
 @asynccontextmanager
-async def opened(producer: Producer) -> AsyncIterator[Gateway]:
+async def opened(producer: Producer, sessions: Sessions) -> AsyncIterator[Gateway]:
     """The gateway's parts, at work."""
     admission = Admission(producer)
     configured = frozenset(catalog_of(producer.settings).names())
@@ -48,7 +50,7 @@ async def opened(producer: Producer) -> AsyncIterator[Gateway]:
         looking = asyncio.create_task(admission.run())
         runner.start()
         try:
-            yield Gateway(producer, follower, admission, runner, configured)
+            yield Gateway(producer, follower, admission, runner, sessions, configured)
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
