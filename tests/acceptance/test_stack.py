@@ -65,6 +65,14 @@ def test_the_record_is_private_and_what_it_names_answers(ann: User, record: Reco
     assert record.models == ["echo"]
 
 
+def test_a_gateways_user_is_admitted_and_held(record: Record) -> None:
+    """The stack makes the user as whom a gateway connects; Postgres holds it to row security."""
+    with psycopg.connect(_plain(str(record.gateway_database_url))) as connection:
+        held = "SELECT current_user, row_security_active('jobs'), has_table_privilege('api_keys', 'SELECT')"
+        assert connection.execute(held).fetchone() == ("headrace_gateway", True, False)
+    assert len(record.secret) >= 32
+
+
 def test_its_addresses_are_told_without_passwords(record: Record, up: Background) -> None:
     """What is on the screen may be seen by others."""
     assert str(record.flower_url) in up.said
@@ -253,8 +261,9 @@ def _plain(url: str) -> str:
 
 
 def _secrets(record: Record) -> list[str]:
-    passwords = [make_url(url).password for url in (record.database_url, record.broker_url)]
-    return [str(password) for password in [*passwords, record.flower_password] if password]
+    urls = (record.database_url, str(record.gateway_database_url), record.broker_url)
+    passwords = [make_url(url).password for url in urls]
+    return [str(password) for password in [*passwords, record.flower_password, record.secret] if password]
 
 
 def _port(url: str | None) -> int:
