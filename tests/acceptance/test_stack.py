@@ -73,6 +73,14 @@ def test_a_gateways_user_is_admitted_and_held(record: Record) -> None:
     assert len(record.secret) >= 32
 
 
+def test_whoever_is_let_into_flower_ends_jobs(ann: User, record: Record) -> None:
+    """Its revoke is signed like our own messages, so that workers heed it; here of a job that nobody serves."""
+    job = ann.call("submit", "x", "--model", "tiny-chat", "--json").json["id"]
+    _flower(record, f"/api/task/revoke/{job}", body=b"")
+    ended = lambda: ann.call("status", job, "--json").json["state"] == "cancelled"  # noqa: E731
+    wait_until(ended, PATIENCE_SECONDS, "the job is cancelled")
+
+
 def test_its_addresses_are_told_without_passwords(record: Record, up: Background) -> None:
     """What is on the screen may be seen by others."""
     assert str(record.flower_url) in up.said
@@ -295,12 +303,12 @@ def _answers(record: Record) -> bool:
         return False
 
 
-def _flower(record: Record, path: str) -> str:
-    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}")
+def _flower(record: Record, path: str, body: bytes | None = None) -> str:
+    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}", body)
 
 
-def _get(url: str, login: str | None) -> str:
+def _get(url: str, login: str | None, body: bytes | None = None) -> str:
     headers = {} if login is None else {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+    with direct.open(urllib.request.Request(url, body, headers), timeout=30) as reply:
         return str(reply.read(), "utf-8")
