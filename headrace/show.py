@@ -169,21 +169,18 @@ def workers(many: Sequence[Worker]) -> None:
 
 
 def keys(many: Sequence[KeyRecord]) -> None:
-    """A line for each API key, the names in full."""
-    table = _table("id", "tenant", "roles", "tier", "models", "tokens/min", "age", "state")
+    """A line for each API key; tier and models are in the JSON."""
+    table = _table("id", "tenant", "roles", "tokens/min", "state")
     for one in many:
         key, limit = one.key, one.key.quota_tokens_per_minute
         table.add_row(
             str(key.id),
             Text(key.tenant_id),
             ",".join(sorted(key.roles)),
-            Text(key.tier or ""),
-            Text("every" if key.models is None else ",".join(key.models)),
             "" if limit is None else f"{limit:,}",
-            ago(one.created_at),
             "live" if one.revoked_at is None else "revoked",
         )
-    out().print(table if many else "no keys", soft_wrap=True)
+    out().print(table if many else "no keys")
 
 
 # -- parts --------------------------------------------------------------------------------------------------------

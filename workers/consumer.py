@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import celery.apps.worker
 from celery import Celery, bootsteps, signals
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
@@ -26,7 +27,7 @@ from kombu.entity import Exchange, Queue
 
 from jobs.dispatch import DRAIN, REVOKE, RUN_JOB, celery_app, queue_name, revoked_text, signer_of
 from jobs.errors import NotFound
-from jobs.logs import set_up_logging
+from jobs.logs import JsonLines, set_up_logging
 from jobs.settings import Settings
 from jobs.signing import MessageSigner
 from jobs.states import Lane
@@ -89,9 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _set_up_logging() -> None:
     set_up_logging("consumer")
     signals.setup_logging.connect(lambda **_: None, weak=False)  # whoever listens has done it: Celery leaves it alone
+    celery.apps.worker.safe_say = _say  # of a signal, past logging
     # Two lines for each message, at INFO, are what a busy worker would do most.
     for chatty in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _say(message: str, *_: object) -> None:
+    """In one system call, for it is said from a signal handler, where logging might wait for itself."""
+    record = logging.makeLogRecord({"name": "celery", "levelname": "INFO", "msg": message})
+    os.write(sys.stderr.fileno(), f"{JsonLines('consumer').format(record)}\n".encode())
 
 
 def worker_app(settings: Settings, host: Host) -> Celery:

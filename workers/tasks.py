@@ -352,6 +352,7 @@ def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float)
         token_dollars=price.token_dollars,
         machine_dollars=price.machine_dollars,
         retry_after_seconds=delay,
+        metered=claim.metered,
     )
 
 

@@ -67,6 +67,22 @@ def test_the_record_is_private_and_what_it_names_answers(ann: User, record: Reco
     assert record.models == ["echo"]
 
 
+def test_a_gateways_user_is_admitted_and_held(record: Record) -> None:
+    """The stack makes the user as whom a gateway connects; Postgres holds it to row security."""
+    with psycopg.connect(_plain(str(record.gateway_database_url))) as connection:
+        held = "SELECT current_user, row_security_active('jobs'), has_table_privilege('api_keys', 'SELECT')"
+        assert connection.execute(held).fetchone() == ("headrace_gateway", True, False)
+    assert len(record.secret) >= 32
+
+
+def test_whoever_is_let_into_flower_ends_jobs(ann: User, record: Record) -> None:
+    """Its revoke is signed like our own messages, so that workers heed it; here of a job that nobody serves."""
+    job = ann.call("submit", "x", "--model", "tiny-chat", "--json").json["id"]
+    _flower(record, f"/api/task/revoke/{job}", body=b"")
+    ended = lambda: ann.call("status", job, "--json").json["state"] == "cancelled"  # noqa: E731
+    wait_until(ended, PATIENCE_SECONDS, "the job is cancelled")
+
+
 def test_its_addresses_are_told_without_passwords(record: Record, up: Background) -> None:
     """What is on the screen may be seen by others."""
     assert str(record.flower_url) in up.said
@@ -274,8 +290,10 @@ def _plain(url: str) -> str:
 
 
 def _secrets(record: Record) -> list[str]:
-    passwords = [make_url(url).password for url in (record.database_url, record.broker_url)]
-    return [str(password) for password in [*passwords, record.flower_password, record.gateway_key] if password]
+    urls = (record.database_url, str(record.gateway_database_url), record.broker_url)
+    passwords = [make_url(url).password for url in urls]
+    others = [record.flower_password, record.gateway_key, record.secret]
+    return [str(password) for password in [*passwords, *others] if password]
 
 
 def _port(url: str | None) -> int:
@@ -314,12 +332,12 @@ def _is_healthy(record: Record) -> bool:
         return False
 
 
-def _flower(record: Record, path: str) -> str:
-    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}")
+def _flower(record: Record, path: str, body: bytes | None = None) -> str:
+    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}", body)
 
 
-def _get(url: str, login: str | None) -> str:
+def _get(url: str, login: str | None, body: bytes | None = None) -> str:
     headers = {} if login is None else {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+    with direct.open(urllib.request.Request(url, body, headers), timeout=30) as reply:
         return str(reply.read(), "utf-8")

@@ -50,6 +50,7 @@ def settlement(claim: Claim, outcome: str = "succeeded", *, busy_seconds: float 
         "error": JobError(code="engine_error", message="it broke") if outcome in {"failed", "retried"} else None,
         "usage": Usage(prompt_tokens=3, completion_tokens=2) if ok else Usage(),
         "timings": Timings(busy_seconds=busy_seconds),
+        "metered": claim.metered,
     }
     return Settlement(claim.id, claim.token, AttemptOutcome(outcome), **(defaults | fields))
 

@@ -179,3 +179,15 @@ def test_the_changelog_has_the_version() -> None:
     from headrace import __version__
 
     assert re.search(rf"^## \[{re.escape(__version__)}\]", _text("CHANGELOG.md"), flags=re.MULTILINE)
+
+
+def test_every_promise_of_access_names_tests_that_exist() -> None:
+    """Whoever doubts a promise finds its test: each name in the page is a test's."""
+    named = set(re.findall(r"`(test_\w+)`", _text("docs/access.md")))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    assert len(named) > 30
+    assert named <= there

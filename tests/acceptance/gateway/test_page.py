@@ -148,6 +148,7 @@ def test_in_a_real_browser(browser: Any, gateway: RunningGateway, system: System
     page.fill("#key", gateway.key(roles=list(Role))[1])
     page.click("#enter button")
     page.wait_for_selector("#workers tr")
+    assert not page.is_visible("#enter")
 
     job = system.producer.submit(model="slow", messages=[{"role": "user", "content": HOSTILE}])
     page.click(f"#jobs button[title='{job.id}']")

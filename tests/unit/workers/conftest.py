@@ -39,6 +39,7 @@ def claim_of(token: UUID | None = None, **fields: Any) -> Claim:
         "seconds_left": None,
         "conversation": None,
         "turn": None,
+        "metered": False,
         "request": JobRequest(model="echo", prompt="hello"),
     }
     return Claim(**(defaults | fields))
