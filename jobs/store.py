@@ -247,11 +247,11 @@ class Store:
 
     def ended(self, job_ids: Sequence[UUID]) -> set[UUID]:
         """Which of these jobs have ended, whoever they belong to."""
-        return {row.id for row in self.database.rows(_ENDED, {"ids": list(job_ids)})}
+        return {row.id for row in self.database.rows(_WHICH_ENDED, {"ids": list(job_ids)})}
 
     def waiting(self) -> dict[str, int]:
         """How many interactive jobs wait for each model, whoever they belong to."""
-        return {row.model: row.jobs for row in self.database.rows(_WAITING)}
+        return {row.model: row.jobs for row in self.database.rows(_COUNT_WAITING)}
 
     def forget(self, job_id: UUID, tenant_id: str) -> bool:
         """Hide the job from the API for good. False: there is none, or it is hidden already."""
@@ -910,9 +910,9 @@ RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
 # For all tenants at once: see migration 0003.
-_ENDED = text("SELECT headrace_ended(:ids) AS id")
+_WHICH_ENDED = text("SELECT headrace_ended(:ids) AS id")
 
-_WAITING = text("SELECT model, jobs FROM headrace_waiting()")
+_COUNT_WAITING = text("SELECT model, jobs FROM headrace_waiting()")
 
 _FORGET = text("""
 UPDATE payloads SET forgotten_at = now() WHERE job_id = :id AND tenant_id = :tenant AND forgotten_at IS NULL
