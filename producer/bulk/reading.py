@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, Protocol
@@ -13,6 +14,8 @@ from jobs.errors import RequestInvalid
 from jobs.schema import JobError, JobRequest
 from producer.openai.lines import batch_line, custom_id
 from producer.openai.requests import CHAT, ENDPOINTS, renamed, translate
+
+log = logging.getLogger(__name__)
 
 # Enough for one COPY to be quick a line, and small beside what else a process holds.
 CHUNK_LINES = 1000
@@ -165,6 +168,9 @@ class LineReader:
             endpoint, request = self._request(fields)
         except RequestInvalid as fault:
             return replace(draft, fault=fault)
+        except Exception:  # a mistake of ours over one line must not cost the others theirs, nor stop their batch
+            log.exception("line %d cannot be read", line.number)
+            return replace(draft, fault=RequestInvalid("line", f"line {line.number} cannot be read", "server_error"))
         return replace(draft, endpoint=endpoint, request=request)
 
     def _parse(self, line: RawLine) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _unsupported(path: str, message: str) -> RequestInvalid:
 # == prompts ====================================================================================================
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def _chat_prompt(given: Body) -> dict[str, Any]:
