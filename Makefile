@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-quick check format bench bench-engine bench-peers docs constraints clean
+.PHONY: help install run test test-quick test-clients check format bench bench-engine bench-peers docs constraints clean
 
 help: ## this list
 	@echo "Headrace: queue-driven, asynchronous inference for open-weight language models"
@@ -25,6 +25,10 @@ test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; AR
 
 test-quick: $(VENV)/.installed-test ## only tests/unit, which need no server
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-clients: $(VENV)/.installed-test ## the gateway with OpenAI's client for Node, which this brings into .clients
+	npm install --silent --no-audit --no-fund --prefix .clients openai@6
+	$(BIN)/python -m pytest tests/acceptance/gateway/test_node_client.py $(ARGS)
 
 check: $(VENV)/.installed-check ## lint, format and types; changes nothing
 	$(BIN)/python -m ruff check
@@ -54,7 +58,7 @@ constraints: $(VENV)/.installed-check ## pin what .venv holds now
 	@mv constraints.new constraints.txt
 
 clean: ## remove out/, caches and builds; .venv and the stack's data stay
-	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis constraints.new
+	rm -rf out build dist .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis constraints.new
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the virtual environment; a stamp says what it holds ----------------------------------------------------------

@@ -33,7 +33,9 @@ def servers() -> Iterator[Servers]:
 def headrace_stack(running: Servers, model: str = "echo") -> Iterator[Settings]:
     """One Headrace worker for the model on these servers; gives the settings of a producer."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as home:
-        settings = Settings.load(home=home, database_url=running.database_url, broker_url=running.broker_url)
+        settings = Settings.load(
+            home=home, database_url=running.database_url, broker_url=running.broker_url, secret=running.secret
+        )
         with Stack(settings, [model], with_flower=False, command="run") as stack:
             yield stack.settings
 

@@ -5,7 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from jobs.settings import PREFIX, Settings
+from jobs.settings import PREFIX, TABLES, Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 BEGIN, END = "<!-- generated: make docs -->\n", "<!-- end of generated -->\n"
@@ -24,7 +24,7 @@ def table() -> str:
     rows = [
         f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {said[name]} |"
         for name, field in Settings.model_fields.items()
-        if name != "models"
+        if name not in TABLES
     ]
     return "\n".join(["| Variable | Default | |", "|---|---|---|", *rows]) + "\n"
 

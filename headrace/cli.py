@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from headrace.commands import bulk, deployment, jobs, stack
+from headrace.commands import bulk, deployment, jobs, keys, purge, stack
 from headrace.commands.common import FAILURE, INTERRUPTED, USAGE
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -27,6 +27,8 @@ bulk.register(app)
 stack.register(app)
 jobs.register(app)
 deployment.register(app)
+keys.register(app)
+purge.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,16 +14,15 @@ import importlib.util
 import os
 import re
 import secrets
-import socket
 import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 
+from headrace.ports import LOOPBACK, free_port
 from jobs.errors import SettingsError
 from jobs.settings import Settings
 
-LOOPBACK = "127.0.0.1"
 AUTH_VARIABLE = "FLOWER_BASIC_AUTH"
 _PROBE_SECONDS = 5.0
 
@@ -81,7 +80,7 @@ def grant(port: int | None = None, address: str = LOOPBACK) -> Access:
     logins = os.environ.get(AUTH_VARIABLE) or f"headrace:{secrets.token_urlsafe(18)}"
     if not all(re.fullmatch(r"[^:]+:.+", login) for login in logins.split(",")):
         raise SettingsError(AUTH_VARIABLE, "must look like user:password")
-    return Access(address, port or _free_port(), logins)
+    return Access(address, port or free_port(), logins)
 
 
 def installed() -> bool:
@@ -104,12 +103,6 @@ def serve(settings: Settings, port: int, address: str) -> None:
     os.environ["FLOWER_UNAUTHENTICATED_API"] = "false"
     closed = [f"--address={address}", f"--port={port}", "--unix_socket=", "--auth=", f"--conf={os.devnull}"]
     celery_app(settings).start(["--quiet", "flower", *closed])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

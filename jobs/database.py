@@ -1,22 +1,30 @@
-"""Connections to Postgres: pools, timeouts against silent peers, and bounded retries of what is transient."""
+"""Connections to Postgres: pools, timeouts against silent peers, and bounded retries of what is transient.
+
+A connection whose user is held to row security (the gateway's, see `jobs.access`) says before its statements for which
+tenant it acts, and proves it. Every other one is trusted, and says nothing.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import orjson
 import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from jobs.errors import StoreUnavailable
+from jobs.signing import Signer
 
 T = TypeVar("T")
 Fields: TypeAlias = Mapping[str, Any]
@@ -43,6 +51,23 @@ _SESSION = "-c idle_in_transaction_session_timeout=15s -c statement_timeout=60s 
 _RELAXED = "synchronous_commit=off"
 _RELAX = text(f"SET LOCAL {_RELAXED}")
 
+# What is known of a connection.
+_HELD = "held to row security"
+_ACTS_FOR = "acts for"
+_IS_HELD = "SELECT row_security_active('jobs')"
+_SAY_WHO = "SELECT set_config('headrace.tenant', %s, %s), set_config('headrace.proof', %s, %s)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tenant:
+    """For whom statements are, and the proof that one of us says so."""
+
+    id: str = ""
+    proof: str = ""
+
+
+_NOBODY = _Tenant()
+
 
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
@@ -51,26 +76,40 @@ class Database:
     token guards them), leases and bookkeeping of messages.
     """
 
-    def __init__(self, url: str, wait_seconds: float = 10.0, pool_size: int = 8) -> None:
+    def __init__(
+        self, url: str, wait_seconds: float = 10.0, pool_size: int = 8, *, signer: Signer | None = None
+    ) -> None:
+        """`signer` proves for which tenant a statement is, to a Postgres that asks."""
         self.url = url
+        self._signer = signer
+        self._tenant = _NOBODY
         self.wait_seconds = wait_seconds
         self._durable = _engine(url, _SESSION, wait_seconds, pool_size)
         self._single = _engine(url, _SESSION, wait_seconds, pool_size, autocommit=True)
         self._relaxed = _engine(url, f"{_SESSION} -c {_RELAXED}", wait_seconds, pool_size, autocommit=True)
+
+    def as_tenant(self, tenant_id: str) -> Self:
+        """The same connections, on behalf of this tenant alone."""
+        other = copy.copy(self)
+        if self._signer is not None:
+            other._tenant = _Tenant(tenant_id, self._signer.sign(tenant_id))  # noqa: SLF001 - our own kind
+        return other
 
     def run(self, work: Callable[[Connection], T], *, relaxed: bool = False) -> T:
         """Run `work` in a transaction; again if the failure is transient. It may run more than once and must bear it.
 
         Raises StoreUnavailable after `wait_seconds`.
         """
-        return self._steadily(lambda: _transaction(self._durable, _relaxed(work) if relaxed else work))
+        ready = _relaxed(work) if relaxed else work
+        return self._steadily(lambda: _transaction(self._durable, ready, self._tenant))
 
     def single(self, work: Callable[[Execute], T], *, relaxed: bool = False) -> T:
         """As `run`, but each statement of `work` is a transaction of its own; it gives its rows as named tuples.
 
         Straight over the driver: measured, 0.12 ms for a statement that takes 0.32 ms through SQLAlchemy.
         """
-        return self._steadily(lambda: _single(self._relaxed if relaxed else self._single, work))
+        engine = self._relaxed if relaxed else self._single
+        return self._steadily(lambda: _single(engine, work, self._tenant))
 
     def rows(self, statement: TextClause, fields: Fields | None = None, *, relaxed: bool = False) -> list[Any]:
         """The rows of one statement."""
@@ -120,15 +159,54 @@ def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, auto
         max_overflow=0,
         pool_timeout=wait_seconds,
         pool_use_lifo=True,
+        hide_parameters=True,
         pool_reset_on_return=None if autocommit else "rollback",
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
     )
 
 
-def _transaction(engine: Engine, work: Callable[[Connection], T]) -> T:
-    with engine.begin() as connection:
+@contextmanager
+def _without_rows() -> Iterator[None]:
+    """What Postgres quotes of rows in an error (DETAIL, CONTEXT) may be what somebody asked, and errors are logged."""
+    try:
+        yield
+    except (DBAPIError, psycopg.Error) as error:
+        of_driver = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(of_driver, psycopg.Error) and of_driver.diag.message_primary:
+            of_driver.args = error.args = (of_driver.diag.message_primary,)
+        raise
+
+
+def _transaction(engine: Engine, work: Callable[[Connection], T], tenant: _Tenant = _NOBODY) -> T:
+    with _without_rows(), engine.begin() as connection:
+        if is_held_to_row_security(connection):
+            _say_who(driver_of(connection), tenant, for_transaction=True)
         return work(connection)
+
+
+def is_held_to_row_security(connection: Connection) -> bool:
+    """Whether its user sees only the rows of the tenant it speaks for."""
+    return _is_held(driver_of(connection), connection.info)
+
+
+def driver_of(connection: Connection) -> psycopg.Connection[Any]:
+    """The driver's own connection, within the same transaction."""
+    driver: psycopg.Connection[Any] | None = connection.connection.driver_connection
+    assert driver is not None
+    return driver
+
+
+def _is_held(driver: psycopg.Connection[Any], known: MutableMapping[Any, Any]) -> bool:
+    """Asked once for each connection."""
+    if _HELD not in known:
+        row = driver.execute(_IS_HELD).fetchone()
+        known[_HELD] = row is not None and row[0]
+    return bool(known[_HELD])
+
+
+def _say_who(driver: psycopg.Connection[Any], tenant: _Tenant, *, for_transaction: bool = False) -> None:
+    driver.execute(_SAY_WHO, (tenant.id, for_transaction, tenant.proof, for_transaction))
 
 
 def _relaxed(work: Callable[[Connection], T]) -> Callable[[Connection], T]:
@@ -139,7 +217,7 @@ def _relaxed(work: Callable[[Connection], T]) -> Callable[[Connection], T]:
     return relaxed
 
 
-def _single(engine: Engine, work: Callable[[Execute], T]) -> T:
+def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOBODY) -> T:
     pooled = engine.raw_connection()
     driver = pooled.driver_connection
     assert driver is not None
@@ -150,9 +228,18 @@ def _single(engine: Engine, work: Callable[[Execute], T]) -> T:
         return cursor.fetchall() if cursor.description else []
 
     try:
-        return work(execute)
+        with _without_rows():
+            _speak_for(tenant, pooled, driver)
+            return work(execute)
     finally:
         _give_back(engine, pooled, driver)
+
+
+def _speak_for(tenant: _Tenant, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:
+    """Said once for as long as the connection goes on for the same tenant: a round trip saved on most statements."""
+    if _is_held(driver, pooled.info) and pooled.info.get(_ACTS_FOR, _NOBODY) != tenant:
+        _say_who(driver, tenant)
+        pooled.info[_ACTS_FOR] = tenant
 
 
 def _give_back(engine: Engine, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:

@@ -1,6 +1,7 @@
 """Messages to workers, through Celery. A message is a hint: the row in Postgres is the truth.
 
-Interactive: the message names one job, and its task id is the job's id. Bulk: it says that a route has rows.
+Interactive: the message names one job, and its task id is the job's id. Bulk: it says that a route has rows. Each is
+signed, and says nothing else: what is asked and answered does not pass through Redis.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
 
 import redis
 from celery import Celery
+from celery.app.control import Control
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.messaging import Producer
@@ -25,6 +26,7 @@ from kombu.messaging import Producer
 from jobs.errors import StoreUnavailable
 from jobs.ids import new_id
 from jobs.settings import Settings
+from jobs.signing import MessageSigner
 from jobs.states import Lane
 from jobs.store import Waiting
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 RUN_JOB = "headrace.run_job"
 DRAIN = "headrace.drain"
+REVOKE = "revoke"
 
 # After a broker failure nobody waits for it again for this long; the sweeper publishes what was left.
 _BREAK_SECONDS = 2.0
@@ -58,7 +61,7 @@ def celery_app(settings: Settings) -> Celery:
     Timeouts are short because a silent peer is found by them alone (measured: a worker with Celery's defaults does
     not consume again within 120 s, with these after 28 s).
     """
-    app = Celery("headrace", broker=settings.broker_url, set_as_current=False)
+    app = Celery("headrace", broker=settings.broker_url, set_as_current=False, control=_control(signer_of(settings)))
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -89,11 +92,35 @@ def celery_app(settings: Settings) -> Celery:
     return app
 
 
+def signer_of(settings: Settings) -> MessageSigner:
+    """Who signs our messages, and knows them again."""
+    assert settings.secret is not None
+    return MessageSigner(settings.secret)
+
+
+def _control(signer: MessageSigner) -> type[Control]:
+    """Celery's remote control, whose revoke is signed: with it Flower cancels jobs."""
+
+    class Signed(Control):  # type: ignore[misc]
+        def broadcast(self, command: str, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
+            if command == REVOKE and arguments is not None:
+                arguments = arguments | {"signature": signer.sign(REVOKE, revoked_text(arguments["task_id"]))}
+            return super().broadcast(command, arguments, **options)
+
+    return Signed
+
+
+def revoked_text(task_id: Any) -> str:
+    """What is signed of a revoke: one task's id, or several."""
+    return " ".join(map(str, task_id)) if isinstance(task_id, list | tuple) else str(task_id)
+
+
 class Dispatcher:
     """Sends messages from one thread of its own, so that a silent broker costs its caller a bounded wait."""
 
-    def __init__(self, settings: Settings, mark_published: Callable[[Sequence[UUID]], None]) -> None:
+    def __init__(self, settings: Settings, mark_published: Callable[[Sequence[Waiting]], None]) -> None:
         self._app = celery_app(settings)
+        self._signer = signer_of(settings)
         timeouts = {"socket_timeout": _SOCKET_SECONDS, "socket_connect_timeout": _SOCKET_SECONDS}
         self._app.conf.broker_transport_options |= timeouts
         self._wait_seconds = settings.submit_broker_wait_seconds
@@ -102,7 +129,7 @@ class Dispatcher:
         self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._broken_until = 0.0
-        self._sent: list[UUID] = []
+        self._sent: list[Waiting] = []
         self._sent_lock = threading.Lock()
         self._noting: threading.Timer | None = None
 
@@ -113,7 +140,7 @@ class Dispatcher:
     def hint_bulk(self, model: str, wait_seconds: float | None = None) -> bool:
         """Say that the model's route has bulk rows."""
         queue = queue_name(model, Lane.BULK)
-        return self._bounded(lambda: self._send(DRAIN, (model,), str(new_id()), queue), wait_seconds)
+        return self._bounded(lambda: self._send(DRAIN, model, str(new_id()), queue), wait_seconds)
 
     def depth(self, model: str, lane: Lane, wait_seconds: float | None = None) -> int | None:
         """Messages in a queue; None if the broker did not say."""
@@ -157,10 +184,10 @@ class Dispatcher:
     def _send_jobs(self, jobs: Sequence[Waiting]) -> None:
         for job in jobs:
             queue = queue_name(job.model, Lane.INTERACTIVE)
-            self._send(RUN_JOB, (str(job.id),), str(job.id), queue, job.priority)
+            self._send(RUN_JOB, str(job.id), str(job.id), queue, job.priority)
         with self._sent_lock:
             first = not self._sent
-            self._sent += [job.id for job in jobs]
+            self._sent += jobs
         if first:
             self._noting = threading.Timer(_NOTE_SECONDS, self._note_sent)
             self._noting.daemon = True
@@ -170,15 +197,18 @@ class Dispatcher:
 
     def _note_sent(self) -> None:
         with self._sent_lock:
-            ids, self._sent = self._sent, []
+            sent, self._sent = self._sent, []
         try:
-            if ids:
-                self._mark_published(ids)
+            if sent:
+                self._mark_published(sent)
         except StoreUnavailable:
-            log.warning("could not note %d published jobs; they may be published again", len(ids))
+            log.warning("could not note %d published jobs; they may be published again", len(sent))
 
-    def _send(self, task: str, args: tuple[Any, ...], task_id: str, queue: str, priority: int = 0) -> None:
-        message = self._app.amqp.as_task_v2(task_id, task, args, {}, ignore_result=True)
+    def _send(self, task: str, subject: str, task_id: str, queue: str, priority: int = 0) -> None:
+        args = (subject, self._signer.sign(task, subject))
+        # Flower shows what a message is about, not its signature.
+        shown = f"({subject!r},)"
+        message = self._app.amqp.as_task_v2(task_id, task, args, {}, argsrepr=shown, ignore_result=True)
         # The nameless exchange delivers by queue name: it needs no binding in Redis, which a flush would lose.
         self._open().publish(
             message.body,

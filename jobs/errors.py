@@ -4,6 +4,9 @@ HeadraceError
 ├── SettingsError          a setting is bad or missing; nothing starts            (exit 2)
 ├── RequestInvalid         the request is refused, no job exists                  (HTTP 400)
 │   └── ModelUnknown       the same: no such model                                (HTTP 404)
+├── Unauthorized           no such API key, or it was revoked                     (HTTP 401)
+├── Forbidden              the key may not do this                                (HTTP 403)
+├── QuotaExceeded          the key's tokens of this minute are used up; later     (HTTP 429)
 ├── NotFound               no such job, batch or conversation for this tenant     (HTTP 404)
 ├── IdempotencyConflict    the key was used with another body; no new job exists  (HTTP 409)
 ├── StoreUnavailable       Postgres did not answer in time; the job may or may not
@@ -42,6 +45,22 @@ class ModelUnknown(RequestInvalid):
 
     def __init__(self, message: str) -> None:
         super().__init__("model", message, "model_not_found")
+
+
+class Unauthorized(HeadraceError):
+    """Nobody holds this key, or not any more."""
+
+
+class Forbidden(HeadraceError):
+    """The key is good, but not for this."""
+
+
+class QuotaExceeded(HeadraceError):
+    """Too many tokens within a minute. No job exists; `retry_after_seconds` (1 to 60) from now there is room again."""
+
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
 
 
 class NotFound(HeadraceError):

@@ -62,14 +62,19 @@ class Record:
 
     pid: int
     database_url: str = field(repr=False)
+    gateway_database_url: str | None = field(repr=False)
     broker_url: str = field(repr=False)
+    secret: str = field(repr=False)
     key_prefix: str
     flower_url: str | None
     flower_user: str | None
     flower_password: str | None = field(repr=False)
     models: list[str]  # those that the stack keeps a worker for
     model_tables: dict[str, dict[str, Any]]  # `[models.NAME]` of its settings, so that its clients know them too
+    policies: dict[str, dict[str, dict[str, Any]]]  # `[policies]` of its settings: they hold for its clients too
     started_at: str  # ISO 8601, UTC
+    gateway_url: str | None = None  # clients append `/v1`
+    gateway_key: str | None = field(default=None, repr=False)  # of the local tenant; good while the stack is up
 
 
 class Home:
@@ -152,8 +157,10 @@ def connected_settings(settings: Settings | None = None) -> Settings:
     record = Home(own.home).record()
     if record is None:
         raise NoStack(_no_stack(Home(own.home)))
-    servers = {"database_url": record.database_url, "broker_url": record.broker_url, "key_prefix": record.key_prefix}
-    return own.model_copy(update=servers | {"models": record.model_tables | own.models})
+    names = ("database_url", "gateway_database_url", "broker_url", "secret", "key_prefix")
+    servers = {name: getattr(record, name) for name in names}
+    tables = {"models": record.model_tables | own.models, "policies": record.policies | own.policies}
+    return own.model_copy(update=servers | tables)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

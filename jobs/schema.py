@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NotRequired, Self
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     StringConstraints,
     Tag,
     ValidationError,
@@ -122,7 +124,8 @@ def _storable(message: object) -> object:
 class Frozen(BaseModel):
     """Immutable, and refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What is asked and answered is not quoted in errors, which are logged.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Message(Frozen):
@@ -181,6 +184,10 @@ class JobRequest(Frozen):
 
     conversation: Key | None = None
     """Turns of one conversation run in order, each seeing the ones before it that succeeded."""
+    instructions: str | None = None
+    """A system message in front of everything, the turns before included; of this turn alone: no later one sees it."""
+    stream: bool = False
+    """Tell the answer's pieces while it is written."""
     idempotency_key: Key | None = None
     """The same key with the same request is the same job."""
     max_attempts: int | None = Field(default=None, ge=1, le=100)
@@ -190,6 +197,19 @@ class JobRequest(Frozen):
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
 
+    _findings: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def findings(self) -> dict[str, str]:
+        """Rules of the tenant's policy that took hold, and what each did. Ours to set: a request cannot bring any."""
+        return self._findings
+
+    def with_findings(self, findings: dict[str, str]) -> Self:
+        """The same request, with these noted."""
+        noted = self.model_copy()
+        noted._findings = dict(findings)  # noqa: SLF001 - our own kind
+        return noted
+
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if self.messages is None and self.prompt is None:
@@ -198,6 +218,8 @@ class JobRequest(Frozen):
             raise ValueError("prompt: cannot be given together with `messages`")
         if self.conversation is not None and self.messages is None:
             raise ValueError("conversation: a turn needs `messages`, not a `prompt`")
+        if self.instructions is not None and self.messages is None:
+            raise ValueError("instructions: go with `messages`, not with a `prompt`")
         return self
 
     @model_validator(mode="after")
@@ -225,6 +247,13 @@ class JobRequest(Frozen):
             )
         return self
 
+    def chat(self, history: Sequence[dict[str, str]] = ()) -> list[dict[str, str]] | None:
+        """The whole chat as a template takes it, the turns before it given; None if the request is a prompt."""
+        if self.messages is None:
+            return None
+        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return [*first, *history, *(message.model_dump() for message in self.messages)]
+
     @property
     def structures(self) -> list[str]:
         """The fields that say which form the answer has; valid requests have at most one."""
@@ -249,6 +278,10 @@ class JobRequest(Frozen):
     def metadata_payload(self) -> str | None:
         """The metadata as stored beside the payload: JSON text, None if there are none."""
         return orjson.dumps(self.metadata).decode() if self.metadata else None
+
+    def findings_payload(self) -> str | None:
+        """The findings as stored beside the payload."""
+        return orjson.dumps(self._findings).decode() if self._findings else None
 
     def digest(self, payload: str | None = None) -> bytes:
         """Tells two requests apart: SHA-256 of the payload without its idempotency key. A payload at hand is used."""
@@ -280,6 +313,8 @@ class Choice(Frozen):
     """If asked for, one for each token of the answer, what ended it included; echoed, after the prompt's."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """If asked for; they are the same for every choice, so only the first has them."""
+    pieces: tuple[tuple[int, int], ...] = ()
+    """If it was streamed: characters and tokens of each piece, so that its stream can be told again as it was."""
 
     def stored(self) -> dict[str, Any]:
         """For JSON, without what is at its default."""
@@ -322,6 +357,20 @@ class Cost(Frozen):
     machine_dollars: Decimal
 
 
+class Call(Frozen):
+    """How a job came over the API, beside what is to be run: who may have its answer, and what that repeats."""
+
+    background: bool = False
+    stored: bool = True
+    """Whether it can be retrieved and gone on from."""
+    previous: UUID | None = None
+    """The response that it goes on from."""
+    own_messages: int | None = None
+    """How many messages at the end of the request are its own input; None: all of them."""
+    echo: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the answer that are those of the request."""
+
+
 class Job(Frozen):
     """A job as its owner sees it."""
 
@@ -346,7 +395,11 @@ class Job(Frozen):
     custom_id: str | None = None
     endpoint: str | None = None
     """The route the request was written for, such as `/v1/chat/completions`; None: for none."""
+    call: Call | None = None
+    """How it came over that route, if the answer needs to know."""
     metadata: dict[str, str] = Field(default_factory=dict)
+    policy: dict[str, str] = Field(default_factory=dict)
+    """Rules of the tenant's policy that took hold when it was accepted, and what each did: `redact` or `flag`."""
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None
     timings: Timings | None = None

@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,8 @@ PREFIX = "HEADRACE_"
 CONFIG_VARIABLE = "HEADRACE_CONFIG"
 CONFIG_FILE = "headrace.toml"
 HEARTBEATS_PER_LEASE = 2
+TABLES = ("models", "policies", "retention_days")  # settings that are tables of the file
+_WHY_NEEDED = "servers of your own need one: 32 characters or more, as `openssl rand -hex 32` makes them"
 _RELATION = re.compile(r"^(?P<variable>HEADRACE_\w+): (?P<message>.*)$", re.DOTALL)
 
 
@@ -34,6 +36,12 @@ class Settings(BaseSettings):
     """postgresql://user:password@host:port/name; absent: the embedded Postgres."""
     broker_url: str | None = None
     """redis://:password@host:port/0; absent: the embedded Redis."""
+    secret: str | None = Field(None, min_length=32, repr=False)
+    """Signs the messages in Redis and proves tenants to Postgres: 32 characters or more, the same for every process, as
+    `openssl rand -hex 32` makes them. Absent: that of the embedded servers."""
+    gateway_database_url: str | None = None
+    """As `HEADRACE_DATABASE_URL`, with the user as whom a gateway connects: Postgres holds it to one tenant.
+    `headrace migrate` makes that user and says what it may do."""
     key_prefix: str = Field("headrace", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Put before every Redis key and channel, so that several systems share one Redis."""
 
@@ -63,8 +71,21 @@ class Settings(BaseSettings):
     max_prompt_bytes: int = Field(1_000_000, ge=1)
     """Largest prompt that is accepted, in bytes of UTF-8."""
 
+    gateway_body_bytes: int = Field(8_000_000, ge=1_000)
+    """Longest body of a request to the gateway, files apart."""
+    gateway_file_bytes: int = Field(200_000_000, ge=1_000)
+    """Longest file that the gateway takes."""
+    gateway_waiting_jobs: int = Field(1_000, ge=1)
+    """So many interactive jobs may wait for one model before the gateway answers 429."""
+    stream_seconds: float = Field(3_600.0, ge=1)
+    """How long the pieces of a streamed answer are kept in Redis; after that its result tells the same pieces."""
+
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """`[models.NAME]` tables, checked by `models.catalog`."""
+    retention_days: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """`[retention_days]`, by tenant, `*` for every other one: workers delete what ended longer ago. Absent: nothing."""
+    policies: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """`[policies.TENANT.RULE]` tables, checked by `producer.policy`; the tenant `*` stands for every one."""
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -74,8 +95,8 @@ class Settings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             raise _first_fault(error) from None
-        except SourceError:  # `models` alone is a table, which a variable gives as JSON
-            raise SettingsError(f"{PREFIX}MODELS", "must be a JSON object") from None
+        except SourceError as error:  # only tables, which a variable gives as JSON, cannot even be read
+            raise SettingsError(_table_of(error), "must be a JSON object") from None
 
     @classmethod
     def settings_customise_sources(
@@ -94,7 +115,7 @@ class Settings(BaseSettings):
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("database_url")
+    @field_validator("database_url", "gateway_database_url")
     @classmethod
     def _postgres_with_psycopg(cls, url: str | None) -> str | None:
         if url is None:
@@ -121,16 +142,29 @@ class Settings(BaseSettings):
         if (self.database_url is None) != (self.broker_url is None):
             missing = "HEADRACE_DATABASE_URL" if self.database_url is None else "HEADRACE_BROKER_URL"
             raise ValueError(f"{missing}: is missing; set both URLs, or none to use the embedded servers")
+        if self.database_url is not None and self.secret is None:
+            raise ValueError(f"HEADRACE_SECRET: is missing; {_WHY_NEEDED}")
         return self
+
+    def for_gateway(self) -> Self:
+        """What a gateway runs with: it knows no other way into Postgres than its own."""
+        url = self.gateway_database_url or self.database_url
+        return self.model_copy(update={"database_url": url, "gateway_database_url": None})
 
     def environment(self) -> dict[str, str]:
         """These settings as variables, for a child process that has to see the same ones. Contains passwords."""
-        plain = self.model_dump(mode="json", exclude={"models"}, exclude_none=True)
+        plain = self.model_dump(mode="json", exclude=set(TABLES), exclude_none=True)
         variables = {PREFIX + name.upper(): str(value) for name, value in plain.items()}
-        if self.models:  # they may come from a stack's record instead of a file
-            variables[f"{PREFIX}MODELS"] = json.dumps(self.models)
+        for name in TABLES:  # they may come from a stack's record instead of a file
+            if table := getattr(self, name):
+                variables[PREFIX + name.upper()] = json.dumps(table)
         path = config_path()
         return variables if path is None else variables | {CONFIG_VARIABLE: str(path.absolute())}
+
+
+def _table_of(error: SourceError) -> str:
+    """The variable of the table that pydantic's message names."""
+    return next((PREFIX + name.upper() for name in TABLES if f'"{name}"' in str(error)), CONFIG_VARIABLE)
 
 
 def config_path() -> Path | None:

@@ -1,4 +1,7 @@
-"""Wake-up calls over Redis pub/sub: a job ended, a job is to be cancelled. Losing one costs time, never truth."""
+"""Wake-up calls over Redis pub/sub: a job ended, a job is to be cancelled. Losing one costs time, never truth.
+
+Each is an id and a signature: whoever can only publish can neither wake nor cancel anything.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,29 @@ from tenacity import (
 )
 
 from jobs.settings import Settings
+from jobs.signing import MessageSigner
 
 log = logging.getLogger(__name__)
 
 ENDED = "ended"
 CANCEL = "cancel"
+TOLD = "told"
+_SEPARATOR = ":"  # between an id and its signature
 _LISTEN_SECONDS = 0.2  # also how long a listener takes to stop
 
 UNREACHABLE = (redis.RedisError, OSError)
 
 
 class Signals:
-    """Publishes and listens. `ended` carries the ids of interactive jobs, `cancel` the ids of running ones."""
+    """Publishes and listens.
+
+    `ended` carries the ids of interactive jobs, `cancel` the ids of running ones, `told` those with new pieces.
+    """
 
     def __init__(self, settings: Settings) -> None:
         assert settings.broker_url is not None
+        assert settings.secret is not None
+        self.signer = MessageSigner(settings.secret)
         self._prefix = settings.key_prefix
         self._redis = redis.Redis.from_url(
             settings.broker_url,
@@ -47,11 +58,14 @@ class Signals:
         if not ids:
             return True
         try:
-            self._publish(self._channel(kind), [str(job_id) for job_id in ids])
+            self._publish(self._channel(kind), [self._signed(kind, str(job_id)) for job_id in ids])
         except UNREACHABLE as error:
             log.warning("could not announce %d %s: %s", len(ids), kind, error)
             return False
         return True
+
+    def _signed(self, kind: str, job_id: str) -> str:
+        return f"{job_id}{_SEPARATOR}{self.signer.sign(kind, job_id)}"
 
     def _publish(self, channel: str, messages: Sequence[str]) -> None:
         if len(messages) == 1:  # the usual case, of somebody who waits; to make a pipeline takes longer than to send it
@@ -89,9 +103,14 @@ class Signals:
                     if message is not None and message["type"] == "subscribe":
                         ready.set()
                     elif message is not None and message["type"] == "message":
-                        _deliver(message["data"], on_id)
+                        self._deliver(kind, message["data"], on_id)
             finally:
                 ready.clear()
+
+    def _deliver(self, kind: str, data: bytes, on_id: Callable[[UUID], None]) -> None:
+        text, _, signature = data.decode("ascii", "replace").partition(_SEPARATOR)
+        if self.signer.accepts(signature, kind, text):
+            on_id(UUID(text))
 
     def _channel(self, kind: str) -> str:
         return f"{self._prefix}:{kind}"
@@ -99,12 +118,3 @@ class Signals:
     def close(self) -> None:
         """Let go of Redis."""
         self._redis.close()
-
-
-def _deliver(data: bytes, on_id: Callable[[UUID], None]) -> None:
-    try:
-        job_id = UUID(data.decode("ascii"))
-    except ValueError:
-        log.warning("ignored a signal that is no job id")
-        return
-    on_id(job_id)

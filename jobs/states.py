@@ -81,3 +81,29 @@ class BatchState(StrEnum):
     PAUSED = "paused"  # its client stopped; the same command goes on
     FINISHED = "finished"  # its output was handed over
     CANCELLED = "cancelled"
+
+
+class ApiBatchState(StrEnum):
+    """The state of a batch, as OpenAI's API names them."""
+
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    FAILED = "failed"  # the file as a whole is no good; nothing ran
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Nothing changes it any more."""
+        return self in {self.COMPLETED, self.FAILED, self.EXPIRED, self.CANCELLED}
+
+
+class Role(StrEnum):
+    """What the holder of an API key may do."""
+
+    SUBMIT = "submit"  # hand in jobs, cancel them
+    READ = "read"  # see jobs and what came of them
+    ADMIN = "admin"  # both, and see workers and queues

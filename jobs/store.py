@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import orjson
 from sqlalchemy import Connection, Row, TextClause, text
 
+from jobs.conversations import Conversations
 from jobs.database import Database, Execute
 from jobs.errors import IdempotencyConflict, NotFound
-from jobs.schema import Choice, Job, JobError, JobRequest, Timings, Usage
+from jobs.schema import Call, Choice, Job, JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome, Lane, State
 from jobs.tables import LOCAL_TENANT
 
@@ -42,12 +43,21 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a job may take of a key's quota; when it ends, what it did not take goes back."""
+
+    key_id: UUID
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A queued interactive job that wants a message."""
 
     id: UUID
     model: str
     priority: int
+    tenant_id: str = LOCAL_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Claim:
     seconds_left: float | None  # to its deadline
     conversation: str | None
     turn: int | None
+    metered: bool  # whether it has reserved tokens of a key's quota
     request: JobRequest
 
     def log_context(self) -> dict[str, str]:
@@ -91,6 +102,7 @@ class Settlement:
     token_dollars: Decimal = Decimal(0)
     machine_dollars: Decimal = Decimal(0)
     retry_after_seconds: float | None = None
+    metered: bool = True  # False: nothing of a quota is to be given back, and nothing is looked for
 
     @property
     def requeues(self) -> bool:
@@ -141,30 +153,33 @@ class Store:
 
     # -- in -----------------------------------------------------------------------------------------------------
 
-    def accept(self, job_id: UUID, request: JobRequest, max_attempts: int, tenant_id: str = LOCAL_TENANT) -> Accepted:
+    def accept(
+        self,
+        job_id: UUID,
+        request: JobRequest,
+        max_attempts: int,
+        tenant_id: str = LOCAL_TENANT,
+        reservation: Reservation | None = None,
+        *,
+        endpoint: str | None = None,
+        call: Call | None = None,
+    ) -> Accepted:
         """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
 
-        Raises IdempotencyConflict if id or key stand for another request.
+        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. Raises IdempotencyConflict if
+        id or key stand for another request.
         """
-        payload = request.payload()
-        fields = {
-            "id": job_id,
-            "tenant": tenant_id,
-            "model": request.model,
-            "priority": request.priority,
+        fields = _accept_fields(job_id, request, tenant_id) | {
             "max_attempts": request.max_attempts or max_attempts,
-            "deadline_seconds": request.deadline_seconds,
-            "key": request.idempotency_key,
-            "conversation": request.conversation,
-            "turn": None,
-            "request": payload,
-            "metadata": request.metadata_payload(),
-            "digest": request.digest(payload),
+            "key_id": reservation and reservation.key_id,
+            "reserved_tokens": reservation and reservation.tokens,
+            "endpoint": endpoint,
+            "call": call and call.model_dump_json(exclude_defaults=True),
         }
         created = self._accept_turn(fields) if request.conversation else self.database.row(_ACCEPT, fields)
         if created is None:
-            return self._accepted_before(fields)
-        return Accepted(job_id, State(created.state), _accepted_job(fields, request, created))
+            return self._accepted_before(fields) or _refuse_conflict(fields)
+        return Accepted(job_id, State(created.state), _accepted_job(fields, request, call, created))
 
     def _accept_turn(self, fields: dict[str, Any]) -> Row[Any] | None:
         try:
@@ -172,11 +187,14 @@ class Store:
         except _AcceptedBefore:
             return None
 
-    def _accepted_before(self, fields: dict[str, Any]) -> Accepted:
+    def accepted_before(self, job_id: UUID, request: JobRequest, tenant_id: str = LOCAL_TENANT) -> Accepted | None:
+        """The same request, by its id or idempotency key; None: there is none."""
+        return self._accepted_before(_accept_fields(job_id, request, tenant_id))
+
+    def _accepted_before(self, fields: dict[str, Any]) -> Accepted | None:
         row = self.database.row(_FIND_SAME, fields)
         if row is None or row.digest != fields["digest"]:
-            name = "idempotency_key" if fields["key"] else "id"
-            raise IdempotencyConflict(f"{name}: was used before with another request")
+            return None
         return Accepted(row.id, State(row.state), None)
 
     def mark_published(self, ids: Sequence[UUID]) -> None:
@@ -214,7 +232,8 @@ class Store:
         """
         # Nearly all of them are ends that release no turn: one statement is their transaction, one round trip.
         ending = [s for s in settlements if not s.requeues]
-        done = {row.id for row in self.database.rows(_END_ALONE, _document(ending))} if ending else set()
+        statement = _END_ALONE_METERED if any(s.metered for s in ending) else _END_ALONE
+        done = {row.id for row in self.database.rows(statement, _document(ending))} if ending else set()
         rest = [s for s in settlements if s.id not in done]
         if not rest:
             return Settled(frozenset(done))
@@ -222,13 +241,21 @@ class Store:
         return replace(settled, done=settled.done | done)
 
     def history(self, tenant_id: str, conversation: str, before_turn: int) -> list[dict[str, str]]:
-        """The messages of the turns before, oldest first; turns that did not succeed are left out."""
-        fields = {"tenant": tenant_id, "conversation": conversation, "turn": before_turn}
-        messages: list[dict[str, str]] = []
-        for row in self.database.rows(_HISTORY, fields):
-            messages += row.request["messages"]
-            messages.append({"role": "assistant", "content": row.choices[0]["text"]})
-        return messages
+        """The messages before a turn, oldest first: of turns that succeeded, and what was put in by hand."""
+        items = Conversations(self.database).items(tenant_id, conversation, before_turn=before_turn)
+        return [item.message for item in items]
+
+    def ended(self, job_ids: Sequence[UUID]) -> set[UUID]:
+        """Which of these jobs have ended, whoever they belong to."""
+        return {row.id for row in self.database.rows(_WHICH_ENDED, {"ids": list(job_ids)})}
+
+    def waiting(self) -> dict[str, int]:
+        """How many interactive jobs wait for each model, whoever they belong to."""
+        return {row.model: row.jobs for row in self.database.rows(_COUNT_WAITING)}
+
+    def forget(self, job_id: UUID, tenant_id: str) -> bool:
+        """Hide the job from the API for good. False: there is none, or it is hidden already."""
+        return self.database.row(_FORGET, {"id": job_id, "tenant": tenant_id}) is not None
 
     # -- cancel, sweep ------------------------------------------------------------------------------------------
 
@@ -250,6 +277,13 @@ class Store:
         """Models with queued interactive jobs."""
         return [row.model for row in self.database.rows(_MODELS_WAITING)]
 
+    def tenant_of(self, job_id: UUID) -> str:
+        """Whose job it is, for tools of the operator's. Raises NotFound."""
+        row = self.database.row(_TENANT_OF, {"id": job_id})
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        return str(row.tenant_id)
+
     # -- looks --------------------------------------------------------------------------------------------------
 
     def get(self, job_id: UUID, tenant_id: str = LOCAL_TENANT) -> Job:
@@ -258,7 +292,16 @@ class Store:
         row = self.database.row(_GET, fields)
         if row is None:
             raise NotFound(f"no job {job_id}")
-        return _job_of(row)
+        return _job_of(row._asdict())
+
+    def get_call(self, job_id: UUID, tenant_id: str) -> tuple[Job, JobRequest]:
+        """A job that the API still knows, and what was asked of it. Raises NotFound."""
+        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id})
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        fields = row._asdict()
+        request = JobRequest.model_validate(fields.pop("request"))
+        return _job_of(fields), request
 
     def list(
         self,
@@ -281,7 +324,7 @@ class Store:
             "before": before,
             "limit": limit,
         }
-        return [_job_of(row) for row in self.database.rows(_LIST, fields)]
+        return [_job_of(row._asdict()) for row in self.database.rows(_LIST, fields)]
 
 
 # == how ========================================================================================================
@@ -289,6 +332,29 @@ class Store:
 
 class _AcceptedBefore(Exception):
     """Rolls a turn's number back: the job was there already."""
+
+
+def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[str, Any]:
+    payload = request.payload()
+    return {
+        "id": job_id,
+        "tenant": tenant_id,
+        "model": request.model,
+        "priority": request.priority,
+        "deadline_seconds": request.deadline_seconds,
+        "key": request.idempotency_key,
+        "conversation": request.conversation,
+        "turn": None,
+        "request": payload,
+        "metadata": request.metadata_payload(),
+        "policy": request.findings_payload(),
+        "digest": request.digest(payload),
+    }
+
+
+def _refuse_conflict(fields: dict[str, Any]) -> NoReturn:
+    name = "idempotency_key" if fields["key"] else "id"
+    raise IdempotencyConflict(f"{name}: was used before with another request")
 
 
 def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
@@ -303,7 +369,7 @@ def _accept_turn(connection: Connection, fields: dict[str, Any]) -> Row[Any]:
     return created
 
 
-def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> Job:
+def _accepted_job(fields: dict[str, Any], request: JobRequest, call: Call | None, created: Any) -> Job:
     """Built, not read back: what the database has added is in `created`."""
     return Job(
         id=fields["id"],
@@ -318,6 +384,9 @@ def _accepted_job(fields: dict[str, Any], request: JobRequest, created: Any) -> 
         conversation=request.conversation,
         turn=created.turn,
         metadata=request.metadata,
+        endpoint=fields["endpoint"],
+        call=call,
+        policy=request.findings,
     )
 
 
@@ -381,9 +450,9 @@ def _cancel(connection: Connection, job_id: UUID, tenant_id: str) -> tuple[State
         raise NotFound(f"no job {job_id}")
     state = State(row.state)
     if state is State.RUNNING:
-        connection.execute(_ASK_TO_STOP, {"id": job_id})
+        connection.execute(_ASK_TO_STOP, fields)
     if state in {State.QUEUED, State.BLOCKED}:
-        ended = connection.execute(_END_WAITING, {"id": job_id}).all()
+        ended = connection.execute(_END_WAITING, fields).all()
         return State.CANCELLED, _release_turns(connection, ended)
     return state, ()
 
@@ -412,7 +481,7 @@ def _sweep(connection: Connection, empty_queues: Sequence[str]) -> Swept | None:
         requeued=len(requeued),
         expired=len(expired),
         abandoned=len(abandoned),
-        to_publish=(*released, *(Waiting(row.id, row.model, row.priority) for row in waiting)),
+        to_publish=(*released, *(_waiting_of(row) for row in waiting)),
         ended=tuple(row.id for row in [*lost, *expired]),
     )
 
@@ -424,7 +493,11 @@ def _release_turns(connection: Connection, ended: Sequence[Row[Any]]) -> tuple[W
     fields = {"tenants": [t for t, _ in turns], "conversations": [c for _, c in turns]}
     # A statement of its own, after the lock: it must see what whoever held the lock before has committed.
     connection.execute(_LOCK_CONVERSATIONS, fields)
-    return tuple(Waiting(r.id, r.model, r.priority) for r in connection.execute(_RELEASE_TURNS, fields))
+    return tuple(_waiting_of(row) for row in connection.execute(_RELEASE_TURNS, fields))
+
+
+def _waiting_of(row: Any) -> Waiting:
+    return Waiting(row.id, row.model, row.priority, row.tenant_id)
 
 
 def _claim_of(row: Any) -> Claim:
@@ -441,15 +514,16 @@ def _claim_of(row: Any) -> Claim:
         seconds_left=row.seconds_left,
         conversation=row.conversation,
         turn=row.turn,
+        metered=row.metered,
         request=JobRequest.model_validate_json(row.request),
     )
 
 
-def _job_of(row: Any) -> Job:
+def _job_of(fields: dict[str, Any]) -> Job:
     """A Job from a row of `_SELECT_JOB`."""
-    fields = row._asdict()
     cost = {name: fields.pop(name) for name in ("busy_seconds", "token_dollars", "machine_dollars")}
     fields["metadata"] = fields["metadata"] or {}
+    fields["policy"] = fields["policy"] or {}
     fields["choices"] = fields["choices"] or ()
     if cost["token_dollars"] is not None:
         fields["cost"] = cost
@@ -461,7 +535,7 @@ def _job_of(row: Any) -> Job:
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
-                      conversation, turn)
+                      conversation, turn, key_id, reserved_tokens)
     VALUES (:id, :tenant,
             CASE WHEN EXISTS (
                 SELECT 1 FROM jobs
@@ -469,12 +543,14 @@ WITH created AS (
             ) THEN 'blocked' ELSE 'queued' END,
             :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
-            CAST(:turn AS integer))
+            CAST(:turn AS integer), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, request, metadata, digest)
-    SELECT id, :tenant, CAST(:request AS json), CAST(:metadata AS json), :digest FROM created
+    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, policy, digest)
+    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json),
+           CAST(:policy AS json), :digest
+    FROM created
 )
 SELECT state, turn, created_at FROM created
 """)
@@ -497,6 +573,7 @@ UPDATE jobs SET published_at = now() WHERE id = ANY(:ids) AND published_at IS NU
 
 _CLAIMED_COLUMNS = """
     j.id, j.token, j.tenant_id, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.conversation, j.turn,
+    j.key_id IS NOT NULL AS metered,
     extract(epoch FROM now() - j.run_after)::double precision AS queue_seconds,
     extract(epoch FROM j.deadline_at - now())::double precision AS seconds_left
 """
@@ -569,7 +646,7 @@ _INPUT_HELD = """
 _SETTLEMENTS = f"{_INPUT}, held AS ({_INPUT_HELD} ORDER BY j.id FOR UPDATE OF j)"
 
 # From `ended`: the result, the bill and the attempt's end.
-_TAIL = """
+_WRITE = """
 , written AS (
     INSERT INTO results (job_id, tenant_id, choices, error, usage, timings, served_by)
     SELECT id, tenant_id, choices, error, usage, timings, served_by FROM ended
@@ -588,14 +665,33 @@ _TAIL = """
         machine_dollars = e.machine_dollars
     FROM ended e WHERE a.token = e.token AND a.ended_at IS NULL
 )
-SELECT id, tenant_id, conversation FROM ended
 """
+
+_ENDED = "SELECT id, tenant_id, conversation FROM ended"
+
+# What goes back to a key's quota while its minute lasts. Keys are locked in one order, so that two transactions never
+# wait for each other.
+_GIVE_BACK = """
+, metered AS (
+    SELECT key_id, minute_began_at FROM quotas
+    WHERE key_id IN (SELECT e.key_id FROM ended e) AND minute_began_at > now() - interval '60 s'
+    ORDER BY key_id FOR UPDATE
+), unused AS (
+    SELECT m.key_id, sum(e.reserved_tokens - e.prompt_tokens - e.completion_tokens) AS tokens
+    FROM ended e JOIN metered m ON m.key_id = e.key_id AND m.minute_began_at <= e.created_at GROUP BY m.key_id
+), given_back AS (
+    UPDATE quotas q SET used_tokens = greatest(q.used_tokens - u.tokens, 0) FROM unused u WHERE q.key_id = u.key_id
+)
+"""
+
+_TAIL = f"{_WRITE} {_GIVE_BACK} {_ENDED}"
 
 _END = """
 ended AS (
     UPDATE jobs j SET state = h.outcome, finished_at = now(), token = NULL, worker_id = NULL
     FROM held h WHERE j.id = h.id
-    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, h.token, h.outcome, h.attempt_outcome,
+    RETURNING j.id, j.tenant_id, j.model, j.batch_id, j.conversation, j.created_at, j.key_id, j.reserved_tokens,
+              h.token, h.outcome, h.attempt_outcome,
               h.choices, h.error, h.usage, h.timings, h.served_by, h.prompt_tokens, h.cached_tokens,
               h.completion_tokens, h.busy_seconds, h.token_dollars, h.machine_dollars
 )
@@ -607,6 +703,13 @@ WITH {_SETTLEMENTS}, {_END} {_TAIL}
 
 # Those that are no turn of a conversation. What is left over takes the longer way.
 _END_ALONE = text(f"""
+WITH {_INPUT}, held AS (
+    {_INPUT_HELD} WHERE j.conversation IS NULL ORDER BY j.id FOR UPDATE OF j
+), {_END} {_WRITE} {_ENDED}
+""")
+
+# With what goes back to quotas: measured, a tenth more time for one job, which is not for everybody to pay.
+_END_ALONE_METERED = text(f"""
 WITH {_INPUT}, held AS (
     {_INPUT_HELD} WHERE j.conversation IS NULL ORDER BY j.id FOR UPDATE OF j
 ), {_END} {_TAIL}
@@ -632,6 +735,8 @@ _CLOSED_BEFORE = text("""
 SELECT job_id FROM attempts WHERE token = ANY(:tokens) AND ended_at IS NOT NULL AND outcome <> 'lost'
 """)
 
+_TENANT_OF = text("SELECT tenant_id FROM jobs WHERE id = :id")
+
 _LOCK = text("SELECT state FROM jobs WHERE id = :id AND tenant_id = :tenant FOR UPDATE")
 
 _LOCK_CONVERSATION_OF_BLOCKED = text("""
@@ -639,7 +744,9 @@ SELECT 1 FROM conversations c JOIN jobs j ON j.tenant_id = c.tenant_id AND j.con
 WHERE j.id = :id AND j.tenant_id = :tenant AND j.state = 'blocked' FOR UPDATE OF c
 """)
 
-_ASK_TO_STOP = text("UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id")
+_ASK_TO_STOP = text("""
+UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now()) WHERE id = :id AND tenant_id = :tenant
+""")
 
 # A row that ends without a worker's word: nothing was made, nothing is charged.
 _NOTHING_MADE = """
@@ -653,7 +760,7 @@ _END_WAITING = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE id = :id AND state IN ('queued', 'blocked')
+    FROM jobs WHERE id = :id AND tenant_id = :tenant AND state IN ('queued', 'blocked')
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
@@ -662,12 +769,28 @@ END_WAITING_ROWS = text(f"""
 WITH held AS (
     SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
            {_NOTHING_MADE}
-    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' LIMIT :limit FOR UPDATE SKIP LOCKED
+    FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'queued' AND lane = 'bulk'
+    LIMIT :limit FOR UPDATE SKIP LOCKED
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+# The same, of a batch whose time is over. Sweepers do this too, but they live in workers, and there may be none.
+EXPIRE_WAITING_ROWS = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
+           json_build_object(
+               'code', 'deadline_exceeded', 'message', 'its deadline passed before it could start'
+           ) AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' AND deadline_at <= now()
+    LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
 STOP_RUNNING_ROWS = text("""
-WITH running AS (SELECT id FROM jobs WHERE batch_id = :id AND state = 'running' ORDER BY id FOR UPDATE)
+WITH running AS (
+    SELECT id FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'running' ORDER BY id FOR UPDATE
+)
 UPDATE jobs j SET cancel_requested_at = coalesce(cancel_requested_at, now()) FROM running r WHERE j.id = r.id
 """)
 
@@ -764,7 +887,7 @@ WITH overtaken AS (
     ORDER BY j.priority, j.run_after LIMIT :limit
     FOR UPDATE OF j SKIP LOCKED
 )
-UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority
+UPDATE jobs j SET published_at = now() FROM due WHERE j.id = due.id RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
 _MODELS_WAITING = text("SELECT DISTINCT model FROM jobs WHERE state = 'queued' AND lane = 'interactive'")
@@ -783,20 +906,23 @@ WHERE j.tenant_id = e.tenant_id AND j.conversation = e.conversation AND j.state 
     SELECT 1 FROM jobs b
     WHERE b.tenant_id = j.tenant_id AND b.conversation = j.conversation AND b.turn < j.turn AND b.finished_at IS NULL
 )
-RETURNING j.id, j.model, j.priority
+RETURNING j.id, j.model, j.priority, j.tenant_id
 """)
 
-_HISTORY = text("""
-SELECT p.request, r.choices
-FROM jobs j JOIN payloads p ON p.job_id = j.id JOIN results r ON r.job_id = j.id
-WHERE j.tenant_id = :tenant AND j.conversation = :conversation AND j.turn < :turn AND j.state = 'succeeded'
-ORDER BY j.turn
+# For all tenants at once: see migration 0003.
+_WHICH_ENDED = text("SELECT headrace_ended(:ids) AS id")
+
+_COUNT_WAITING = text("SELECT model, jobs FROM headrace_waiting()")
+
+_FORGET = text("""
+UPDATE payloads SET forgotten_at = now() WHERE job_id = :id AND tenant_id = :tenant AND forgotten_at IS NULL
+RETURNING job_id
 """)
 
 _SELECT_JOB = """
 SELECT j.id, j.tenant_id, j.state, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.created_at, j.started_at,
        j.finished_at, j.cancel_requested_at, j.worker_id, j.conversation, j.turn, j.batch_id, j.line, p.custom_id,
-       p.endpoint, p.metadata, r.choices, r.usage, r.timings, r.error, r.served_by,
+       p.endpoint, p.metadata, p.call, p.policy, r.choices, r.usage, r.timings, r.error, r.served_by,
        l.busy_seconds, l.token_dollars, l.machine_dollars
 FROM jobs j
 JOIN payloads p ON p.job_id = j.id
@@ -805,6 +931,12 @@ LEFT JOIN ledger l ON l.job_id = j.id
 """
 
 _GET = text(f"{_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
+
+# Of the job, and what it was asked.
+_GET_CALL = text(f"""
+SELECT c.*, p.request FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND p.forgotten_at IS NULL) c
+JOIN payloads p ON p.job_id = c.id
+""")  # noqa: S608
 
 _LIST = text(f"""{_SELECT_JOB}
 WHERE j.tenant_id = :tenant

@@ -5,13 +5,18 @@ CHECK constraints hold what the code promises, so that a mistake in the code is 
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -20,13 +25,14 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB
 from sqlalchemy.sql.schema import SchemaItem
 
-from jobs.states import FINAL, AttemptOutcome, BatchState, Lane, State, WorkerState
+from jobs.states import FINAL, ApiBatchState, AttemptOutcome, BatchState, Lane, Role, State, WorkerState
 
 metadata = MetaData(
     naming_convention={
@@ -68,9 +74,14 @@ def _job_key() -> Column[object]:
     return Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
 
 
-def _one_of(column: str, values: type[State | Lane | AttemptOutcome | WorkerState | BatchState]) -> SchemaItem:
+def _one_of(column: str, values: type[StrEnum]) -> SchemaItem:
     names = ", ".join(f"'{value}'" for value in sorted(values))
     return CheckConstraint(f"{column} IN ({names})", name=f"{column}_known")
+
+
+def _roles() -> str:
+    names = ", ".join(f"'{role}'::text" for role in sorted(Role))
+    return f"ARRAY[{names}]"
 
 
 jobs = Table(
@@ -98,6 +109,8 @@ jobs = Table(
     Column("turn", Integer),  # from 1
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
     Column("line", BigInteger),  # line number in the batch's input, from 1
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
+    Column("reserved_tokens", Integer),  # of that quota
     _one_of("state", State),
     _one_of("lane", Lane),
     CheckConstraint(f"(finished_at IS NOT NULL) = (state IN {_FINAL})", name="finished_when_final"),
@@ -110,6 +123,7 @@ jobs = Table(
     CheckConstraint("(lane = 'bulk') = (batch_id IS NOT NULL)", name="bulk_in_a_batch"),
     CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
     CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
+    CheckConstraint("(key_id IS NULL) = (reserved_tokens IS NULL)", name="reserved_under_a_key"),
     CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
     Index(
         "jobs_idempotency_key_key",
@@ -153,8 +167,11 @@ payloads = Table(
     Column("custom_id", Text),  # the caller's name of a batch's line
     Column("endpoint", Text),  # the route it was written for, which decides the form of its answer
     Column("request", JSON, nullable=False),  # json, not jsonb: the text is kept byte for byte
+    Column("call", JSON),  # how it came over the API; null: not over the API, or in a batch
+    Column("forgotten_at", DateTime(timezone=True)),  # when its owner deleted it from the API
     # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
     Column("metadata", JSON),
+    Column("policy", JSON),  # rules of the tenant's policy that took hold, and what each did
     Column("digest", LargeBinary, nullable=False),
 )
 
@@ -265,4 +282,142 @@ conversations = Table(
     Column("id", Text, primary_key=True),
     Column("turns", Integer, nullable=False),
     _now("created_at"),
+    Column("metadata", JSON),
+    _time("deleted_at"),
+)
+
+# What was put into a conversation by hand, and which items of its turns were taken out.
+conversation_items = Table(
+    "conversation_items",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, server_default=LOCAL_TENANT),
+    Column("conversation", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("position", BigInteger, Identity(), nullable=False),
+    Column("after_turn", Integer, nullable=False),  # how many turns there were when it was put in
+    Column("item", JSON),  # null: it is an item of a turn
+    _now("created_at"),
+    _time("deleted_at"),
+    ForeignKeyConstraint(
+        ["tenant_id", "conversation"], ["conversations.tenant_id", "conversations.id"], ondelete="CASCADE"
+    ),
+    CheckConstraint("item IS NOT NULL OR deleted_at IS NOT NULL", name="turns_items_are_only_deleted"),
+    Index("conversation_items_order_idx", "tenant_id", "conversation", "after_turn", "position"),
+)
+
+# A file lies in pieces of one size, so that it is read and written in constant memory, from any offset.
+files = Table(
+    "files",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _tenant(),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("bytes", BigInteger),  # null: it is still being written, and nobody sees it
+    _now("created_at"),
+    _time("expires_at"),
+    _time("deleted_at"),
+    Index("files_listed_idx", "tenant_id", "id"),
+)
+
+file_pieces = Table(
+    "file_pieces",
+    metadata,
+    Column("file_id", Uuid, ForeignKey("files.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),  # from 0
+    _tenant(),
+    Column("data", LargeBinary, nullable=False),
+)
+
+# A batch as the API has it: a file in, two files out. Once its input was looked at, `batches` has a row of the same id.
+api_batches = Table(
+    "api_batches",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _tenant(),
+    Column("state", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Uuid, nullable=False),
+    Column("output_file_id", Uuid),
+    Column("error_file_id", Uuid),
+    Column("output_seconds", Integer),  # how long its output files are kept; null: 30 days
+    Column("idempotency_key", Text),
+    Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
+    Column("metadata", JSON),
+    Column("errors", JSON),  # faults of the file as a whole
+    Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them
+    _now("created_at"),
+    _time("in_progress_at"),
+    _time("finalizing_at"),
+    _time("completed_at"),
+    _time("failed_at"),
+    _time("expired_at"),
+    _time("cancelling_at"),
+    _time("cancelled_at"),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("runner", Uuid),  # who sees to it; without its lease nobody else may
+    _time("runner_until"),
+    _one_of("state", ApiBatchState),
+    CheckConstraint(
+        "(coalesce(completed_at, failed_at, expired_at, cancelled_at) IS NOT NULL) = "
+        "(state IN ('cancelled', 'completed', 'expired', 'failed'))",
+        name="stamped_when_final",
+    ),
+    CheckConstraint("(runner IS NULL) = (runner_until IS NULL)", name="runner_has_a_lease"),
+    Index("api_batches_listed_idx", "tenant_id", "id"),
+    Index(
+        "api_batches_open_idx",
+        "created_at",
+        postgresql_where=text("state IN ('cancelling', 'finalizing', 'in_progress', 'validating')"),
+    ),
+    Index(
+        "api_batches_idempotency_key_key",
+        "tenant_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+)
+
+# Who may come in over HTTP. The secret itself is nowhere; a revoked key stays, so that its id still means something.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),  # SHA-256 of the secret
+    Column("tier", Text),
+    Column("models", ARRAY(Text)),  # null: every model
+    Column("roles", ARRAY(Text), nullable=False),
+    _now("created_at"),
+    _time("rotated_at"),
+    _time("revoked_at"),
+    UniqueConstraint("digest"),
+    CheckConstraint("tenant_id <> ''", name="tenant_named"),
+    CheckConstraint(f"cardinality(roles) > 0 AND roles <@ {_roles()}", name="roles_known"),
+    Index("api_keys_tenant_id_idx", "tenant_id"),
+)
+
+# Tokens of a key that has a limit, in the minute that runs. Apart from the key: it is written to by every request.
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("key_id", Uuid, ForeignKey("api_keys.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("tokens_per_minute", BigInteger, nullable=False),
+    Column("used_tokens", BigInteger, nullable=False, server_default="0"),  # reserved ones too
+    # With the first request after the minute before was over.
+    Column("minute_began_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
+    CheckConstraint("tokens_per_minute > 0", name="limit_positive"),
+    CheckConstraint("used_tokens >= 0", name="used_not_negative"),
+)
+
+# One row: the padded keys with which `headrace_tenant()` checks whom a gateway's session speaks for (`jobs.access`).
+tenant_proofs = Table(
+    "tenant_proofs",
+    metadata,
+    Column("single", Boolean, primary_key=True, server_default=text("true")),
+    Column("inner_pad", LargeBinary, nullable=False),
+    Column("outer_pad", LargeBinary, nullable=False),
+    CheckConstraint("single", name="one_row"),
 )

@@ -11,6 +11,7 @@ process. Needs Postgres to accept; does without Redis, only slower.
 from __future__ import annotations
 
 import builtins
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,18 +19,24 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
+from jobs.api_batches import ApiBatches
 from jobs.batches import Batches, Line
+from jobs.conversations import Conversations
 from jobs.database import Database
 from jobs.dispatch import Dispatcher
-from jobs.errors import RequestInvalid, WaitTimeout
+from jobs.errors import IdempotencyConflict, QuotaExceeded, RequestInvalid, WaitTimeout
+from jobs.files import Files
 from jobs.home import connected_settings
 from jobs.ids import new_id
+from jobs.keys import ApiKey
 from jobs.leases import Leases
-from jobs.schema import Job, JobRequest
+from jobs.quotas import Quotas
+from jobs.schema import Call, Job, JobRequest
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
+from jobs.signing import Purpose, Signer
 from jobs.states import State
-from jobs.store import Store, Waiting
+from jobs.store import Accepted, Reservation, Store, Waiting
 from jobs.tables import LOCAL_TENANT
 from producer.validation import Validator
 
@@ -46,15 +53,28 @@ class Producer:
     def __init__(self, settings: Settings | None = None, tenant_id: str = LOCAL_TENANT) -> None:
         self.settings = connected_settings(settings)
         assert self.settings.database_url is not None
-        self.tenant_id = tenant_id
-        self.database = Database(self.settings.database_url, self.settings.store_wait_seconds)
-        self.store = Store(self.database)
-        self.batches = Batches(self.database)
+        assert self.settings.secret is not None
+        signer = Signer(self.settings.secret, Purpose.TENANTS)
+        self.database = Database(self.settings.database_url, self.settings.store_wait_seconds, signer=signer)
         self.leases = Leases(self.database, self.settings.lease_seconds)
-        self.validator = Validator(self.settings)
-        self.dispatcher = Dispatcher(self.settings, self.store.mark_published)
+        self._validator = Validator(self.settings)
+        self.dispatcher = Dispatcher(self.settings, self._note_published)
         self._signals = Signals(self.settings)
         self._ears = _Ears(self._signals)
+        self._key: ApiKey | None = None
+        self._shared = False  # whether another one closes what is used here
+        self._serve(tenant_id)
+
+    def _serve(self, tenant_id: str) -> None:
+        self.tenant_id = tenant_id
+        self.validator = self._validator.for_tenant(tenant_id)
+        database = self.database.as_tenant(tenant_id)
+        self.store = Store(database)
+        self.batches = Batches(database, tenant_id)
+        self.api_batches = ApiBatches(database)
+        self.conversations = Conversations(database)
+        self.files = Files(database)
+        self._quotas = Quotas(database)
 
     def __enter__(self) -> Self:
         return self
@@ -67,29 +87,96 @@ class Producer:
     ) -> None:
         self.close()
 
+    def for_tenant(self, tenant_id: str) -> Self:
+        """The same for another tenant. Cheap: it shares the connections, which are this producer's to close."""
+        other = copy.copy(self)
+        other._serve(tenant_id)  # noqa: SLF001 - our own kind
+        other._key = None  # noqa: SLF001
+        other._shared = True  # noqa: SLF001
+        return other
+
+    def for_key(self, key: ApiKey) -> Self:
+        """The same for the tenant of a key, within the key's models and quota."""
+        other = self.for_tenant(key.tenant_id)
+        other.validator = self._validator.for_tenant(key.tenant_id, key.models)
+        other._key = key  # noqa: SLF001 - our own kind
+        return other
+
     def close(self) -> None:
         """Let go of the servers. Jobs go on."""
+        if self._shared:
+            return
         self._ears.close()
         self.dispatcher.close()
         self._signals.close()
         self.database.close()
 
-    def submit(self, request: JobRequest | None = None, *, job_id: UUID | None = None, **fields: Any) -> Job:
+    def submit(
+        self,
+        request: JobRequest | None = None,
+        *,
+        job_id: UUID | None = None,
+        endpoint: str | None = None,
+        call: Call | None = None,
+        **fields: Any,
+    ) -> Job:
         """Accept one job: from here on it cannot be lost. The fields are those of `JobRequest`.
 
-        Raises RequestInvalid naming the field at fault, IdempotencyConflict, or StoreUnavailable; after the last one,
-        submitting again with the same `job_id` is safe.
+        `endpoint` and `call` say how it came over the API, if it did.
+
+        Raises RequestInvalid naming the field at fault, IdempotencyConflict, Forbidden if the key is not for the model,
+        QuotaExceeded, or StoreUnavailable; after the last one, submitting again with the same `job_id` is safe.
         """
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
-        checked = self.validator.check(request or JobRequest.parse(fields))
-        accepted = self.store.accept(job_id or new_id(), checked, self.settings.max_attempts, self.tenant_id)
+        checked = self._check(request or JobRequest.parse(fields))
+        accepted = self._accept(job_id or new_id(), checked, endpoint=endpoint, call=call)
         if accepted.job is None:
             return self.get(accepted.id)
         self._ears.expect(accepted.id)
         if accepted.state is State.QUEUED:
-            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority)])
+            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority, self.tenant_id)])
         return accepted.job
+
+    def _accept(self, job_id: UUID, checked: JobRequest, **how: Any) -> Accepted:
+        """`how` it came over the API."""
+        if self._key is None or self._key.quota_tokens_per_minute is None:
+            return self.store.accept(job_id, checked, self.settings.max_attempts, self.tenant_id, **how)
+        tokens = _within(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
+        try:
+            self._quotas.reserve(self._key, tokens)
+        except QuotaExceeded:
+            before = self.store.accepted_before(job_id, checked, self.tenant_id)
+            if before is None:
+                raise
+            return before
+        return self._accept_reserved(job_id, checked, Reservation(self._key.id, tokens), **how)
+
+    def _accept_reserved(self, job_id: UUID, checked: JobRequest, reservation: Reservation, **how: Any) -> Accepted:
+        assert self._key is not None
+        created = True  # it may be, whatever fails; if it is not, the reservation ends with its minute
+        try:
+            accepted = self.store.accept(
+                job_id, checked, self.settings.max_attempts, self.tenant_id, reservation, **how
+            )
+            created = accepted.created
+        except IdempotencyConflict:
+            created = False
+            raise
+        finally:
+            if not created:
+                self._quotas.give_back(self._key, reservation.tokens)
+        return accepted
+
+    def _check(self, request: JobRequest) -> JobRequest:
+        if self._key is not None:
+            self._key.require_model(request.model)
+        return self.validator.check(request)
+
+    def _note_published(self, jobs: Sequence[Waiting]) -> None:
+        for tenant_id in {job.tenant_id for job in jobs}:
+            store = Store(self.database.as_tenant(tenant_id))
+            store.mark_published([job.id for job in jobs if job.tenant_id == tenant_id])
 
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
@@ -97,7 +184,7 @@ class Producer:
         A turn of a conversation and an idempotency key need `submit`. Errors name the request: `requests[3].model`.
         """
         lines = [self._line(number, request) for number, request in enumerate(requests)]
-        batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)}, self.tenant_id)
+        batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)})
         self.batches.take_in(batch, lines, (), start_offset=0, end_offset=len(lines), last_line=len(lines))
         self.batches.filled(batch.id)
         for model in sorted({line.request.model for line in lines}):
@@ -106,7 +193,7 @@ class Producer:
 
     def _line(self, number: int, fields: JobRequest | dict[str, Any]) -> Line:
         try:
-            request = self.validator.check(JobRequest.parse(fields))
+            request = self._check(JobRequest.parse(fields))
             for alone in ("conversation", "idempotency_key"):
                 if getattr(request, alone) is not None:
                     raise RequestInvalid(alone, "is not for a batch; use submit")  # noqa: TRY301 - one place adds the index
@@ -172,6 +259,14 @@ class Producer:
         if released:
             self.dispatcher.publish(released)
         return self.get(job_id)
+
+
+def _within(limit: int, tokens: int) -> int:
+    """A request that no minute has room for is no matter of waiting."""
+    if tokens > limit:
+        message = f"the request may take {tokens:,} tokens, and the key's quota is {limit:,} a minute"
+        raise RequestInvalid("max_tokens", message, "tokens_above_quota")
+    return tokens
 
 
 class _Ears:

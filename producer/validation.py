@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Iterable
+from typing import Self
 
 from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
 from jobs.schema import JobRequest
@@ -10,6 +13,7 @@ from jobs.settings import Settings
 from models.catalog import Catalog, CatalogError, ModelSpec, UnknownModel
 from models.prompt import PromptError, PromptFormat, encode_prompt, load_prompt_format
 from models.protocol import InvalidRequest, check_logprob_values
+from producer.policy import Policies, Policy
 
 # A model hub that does not answer is given up after some 25 s; a file of a million lines must not wait for each.
 _UNUSABLE_SECONDS = 60.0
@@ -32,11 +36,22 @@ class Validator:
         self._max_prompt_bytes = settings.max_prompt_bytes
         self._unusable: dict[str, tuple[str, float]] = {}  # by model: why, and until when nothing is tried
         self._formats: dict[str, PromptFormat] = {}  # by model; to ask with the whole spec costs a hash of it
+        self._policies = Policies(settings)
+        self._policy = Policy()
+        self._allowed: frozenset[str] | None = None
+
+    def for_tenant(self, tenant_id: str, models: Iterable[str] | None = None) -> Self:
+        """The same, by the tenant's policy, and for these models alone. It shares what was loaded."""
+        other = copy.copy(self)
+        other._policy = self._policies.of(tenant_id)  # noqa: SLF001 - our own kind
+        other._allowed = None if models is None else frozenset(models)  # noqa: SLF001
+        return other
 
     def check(self, request: JobRequest) -> JobRequest:
         """The request with `max_tokens` and `temperature` decided. Raises RequestInvalid naming the field at fault."""
         spec = self._spec(request.model)
         self._check_size(request)
+        request = self._policy.apply(request)
         _check_engine(request, spec)
         form = self._format(spec)
         prompt_tokens = _prompt_tokens(form, request)
@@ -46,7 +61,28 @@ class Validator:
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
 
+    def prompt_tokens(self, request: JobRequest) -> int:
+        """Tokens of the rendered prompt. Raises RequestInvalid."""
+        spec = self._spec(request.model)
+        self._check_size(request)
+        return _prompt_tokens(self._format(spec), request)
+
+    def context_tokens(self, model: str) -> int | None:
+        """How long prompt and answer of this model may be together; None if that is not known without loading it."""
+        form = self._formats.get(model)
+        try:
+            return form.context_tokens if form else self._catalog.get(model).context_tokens
+        except CatalogError:
+            return None
+
+    def most_tokens(self, checked: JobRequest) -> int:
+        """What a request that was checked may take at most: its prompt, and every answer to its limit."""
+        assert checked.max_tokens is not None
+        return _prompt_tokens(self._format(self._spec(checked.model)), checked) + checked.n * checked.max_tokens
+
     def _spec(self, model: str) -> ModelSpec:
+        if self._allowed is not None and model not in self._allowed:
+            raise ModelUnknown(f"the key is not for the model {model!r}")
         try:
             return self._catalog.get(model)
         except UnknownModel as error:
@@ -107,15 +143,14 @@ def prompt_field(request: JobRequest) -> str:
 
 def _prompt_bytes(request: JobRequest) -> int:
     if request.messages is not None:
-        return sum(len(message.content.encode()) for message in request.messages)
+        return sum(len(message["content"].encode()) for message in request.chat() or ())
     return len(request.prompt.encode() if isinstance(request.prompt, str) else request.prompt or ())
 
 
 def _prompt_tokens(form: PromptFormat, request: JobRequest) -> int:
     field = prompt_field(request)
-    messages = None if request.messages is None else [message.model_dump() for message in request.messages]
     try:
-        tokens = len(encode_prompt(form, messages, request.prompt))
+        tokens = len(encode_prompt(form, request.chat(), request.prompt))
     except PromptError as error:
         raise RequestInvalid(error.field, error.message) from None
     if tokens == 0:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 
 from headrace.servers import Servers
-from kit.databases import migrated_template, temporary_database
+from kit.canaries import has_leaked, watch
+from kit.databases import SECRET, migrated_template, temporary_database
 from kit.homes import temporary_home
 
 if TYPE_CHECKING:
     from jobs.settings import Settings
+
+watch(SECRET)
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,36 @@ def servers() -> Iterator[SharedServers]:
     """The servers that HEADRACE_DATABASE_URL and HEADRACE_BROKER_URL name, else embedded ones."""
     given = [os.environ.get("HEADRACE_DATABASE_URL"), os.environ.get("HEADRACE_BROKER_URL")]
     if all(given):
+        _watch_passwords(*given)
         yield SharedServers(*filter(None, given))
     elif any(given):
         raise pytest.UsageError("set both HEADRACE_DATABASE_URL and HEADRACE_BROKER_URL, or none of them")
     else:
         with temporary_home() as home, Servers(home) as embedded:
+            _watch_passwords(embedded.database_url, embedded.broker_url)
+            watch(embedded.secret)
             yield SharedServers(embedded.database_url, embedded.broker_url)
+
+
+def _watch_passwords(*urls: str | None) -> None:
+    watch(*(urlsplit(url).password for url in urls if url))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: object) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that prints or logs a secret of the suite has failed, whatever else it found."""
+    report = yield
+    if has_leaked("".join(said for _, said in report.sections)):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid}: its output holds a secret"
+    return report
 
 
 @pytest.fixture
 def own_servers() -> Iterator[Servers]:
     """Embedded servers for one test alone, started, which it may stop, kill and freeze."""
     with temporary_home() as home, Servers(home) as embedded:
+        _watch_passwords(embedded.database_url, embedded.broker_url)
+        watch(embedded.secret)
         yield embedded
 
 
@@ -82,5 +104,6 @@ def settings(tmp_path: Path, database_url: str, servers: SharedServers, key_pref
         home=tmp_path / "home",
         database_url=database_url,
         broker_url=servers.broker_url,
+        secret=SECRET,
         key_prefix=key_prefix,
     )

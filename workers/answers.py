@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.schema import Choice, JobRequest, TokenLogprob
+from jobs.streams import Piece
 from models.prompt import PromptFormat
 from models.protocol import Ended, TokenLogprobs
 
 
-def choices_of(request: JobRequest, ended: Ended, form: PromptFormat) -> tuple[Choice, ...]:
-    """The answers as their owner sees them."""
+def choices_of(
+    request: JobRequest, ended: Ended, form: PromptFormat, pieces: Sequence[Piece] = ()
+) -> tuple[Choice, ...]:
+    """The answers as their owner sees them. `pieces`: those in which they were told, if they were streamed."""
     teller = _Teller(form)
     prompt = teller.tell(ended.prompt_logprobs)
     text, logprobs = (_prompt_text(request, form), prompt) if request.echo else ("", ())
@@ -21,9 +24,15 @@ def choices_of(request: JobRequest, ended: Ended, form: PromptFormat) -> tuple[C
             finish_reason=choice.finish_reason,
             logprobs=None if request.logprobs is None else logprobs + teller.tell(choice.logprobs),
             prompt_logprobs=None if request.prompt_logprobs is None or choice.index else prompt,
+            pieces=tuple((len(one.text), one.tokens) for one in pieces if one.choice == choice.index),
         )
         for choice in ended.choices
     )
+
+
+def logprobs_of(logprobs: Sequence[TokenLogprobs], form: PromptFormat) -> tuple[TokenLogprob, ...]:
+    """Those of some tokens, as their owner sees them."""
+    return _Teller(form).tell(logprobs)
 
 
 def _prompt_text(request: JobRequest, form: PromptFormat) -> str:

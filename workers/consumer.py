@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import celery.apps.worker
 from celery import Celery, bootsteps, signals
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
 from kombu.entity import Exchange, Queue
 
-from jobs.dispatch import DRAIN, RUN_JOB, celery_app, queue_name
+from jobs.dispatch import DRAIN, REVOKE, RUN_JOB, celery_app, queue_name, revoked_text, signer_of
 from jobs.errors import NotFound
-from jobs.logs import set_up_logging
+from jobs.logs import JsonLines, set_up_logging
 from jobs.settings import Settings
+from jobs.signing import MessageSigner
 from jobs.states import Lane
 from models.catalog import ModelSpec
 from workers import tasks
@@ -43,6 +45,22 @@ _GARBAGE_OBJECTS = 50_000
 _EVENTS_SECONDS = 0.2
 # Measured: 0.1 s with a broker that answers.
 _CELERY_END_SECONDS = 5.0
+# Unsigned commands of Celery's remote control that would stop a worker or change what it consumes. Looks stay.
+_COMMANDS_TAKEN_OUT = (
+    "add_consumer",
+    "autoscale",
+    "cancel_consumer",
+    "disable_events",
+    "election",
+    "pool_grow",
+    "pool_restart",
+    "pool_shrink",
+    "rate_limit",
+    "revoke_by_stamped_headers",
+    "shutdown",
+    "terminate",
+    "time_limit",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,9 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _set_up_logging() -> None:
     set_up_logging("consumer")
     signals.setup_logging.connect(lambda **_: None, weak=False)  # whoever listens has done it: Celery leaves it alone
+    celery.apps.worker.safe_say = _say  # of a signal, past logging
     # Two lines for each message, at INFO, are what a busy worker would do most.
     for chatty in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _say(message: str, *_: object) -> None:
+    """In one system call, for it is said from a signal handler, where logging might wait for itself."""
+    record = logging.makeLogRecord({"name": "celery", "levelname": "INFO", "msg": message})
+    os.write(sys.stderr.fileno(), f"{JsonLines('consumer').format(record)}\n".encode())
 
 
 def worker_app(settings: Settings, host: Host) -> Celery:
@@ -86,19 +111,24 @@ def worker_app(settings: Settings, host: Host) -> Celery:
     app.conf.task_queues = [_queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
 
+    signer = signer_of(settings)
+
     @app.task(name=RUN_JOB, shared=False, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
-    def run_job(job_id: str) -> str:
+    def run_job(job_id: str, signature: object = None, *_: object) -> str:
+        _refuse_strangers(signer, signature, RUN_JOB, job_id)
         return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
 
     @app.task(name=DRAIN, shared=False)  # type: ignore[untyped-decorator]
-    def drain(_: str) -> str:
+    def drain(model: str, signature: object = None, *_: object) -> str:
+        _refuse_strangers(signer, signature, DRAIN, model)
         return _or_ignore(lambda: f"{tasks.drain(host)} rows")
 
+    _serve_nothing_else(app)
     host.on_backlog = lambda: _drain_without_message(host)
     _end_our_way(app, host)
     _gather_events(app)
     _keep_no_accounts(app)
-    _cancel_on_revoke(host)
+    _cancel_on_revoke(host, signer)
     return app
 
 
@@ -106,6 +136,20 @@ def _queue(name: str) -> Queue:
     # An exchange of its own: queues that share one, and its routing key, would each get the other's messages.
     # Without acknowledgement: nothing rests on a message that a worker has popped (see `_keep_no_accounts`).
     return Queue(name, Exchange(name, type="direct"), routing_key=name, no_ack=True)
+
+
+def _refuse_strangers(signer: MessageSigner, signature: object, task: str, subject: object) -> None:
+    """First of all: what none of us signed for this task is ignored."""
+    if not signer.accepts(signature, task, str(subject)):
+        raise Ignore
+
+
+def _serve_nothing_else(app: Celery) -> None:
+    """Celery's own tasks, and commands that would hinder a worker, are there for nobody but strangers on the broker."""
+    for name in [name for name in app.tasks if name not in {RUN_JOB, DRAIN}]:
+        app.tasks.unregister(name)
+    for command in _COMMANDS_TAKEN_OUT:
+        Panel.data.pop(command, None)
 
 
 def _or_ignore(work: Any) -> str:
@@ -198,17 +242,19 @@ def _in_background(work: Callable[[], None]) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
-def _cancel_on_revoke(host: Host) -> None:
+def _cancel_on_revoke(host: Host, signer: MessageSigner) -> None:
     """Flower's revoke cancels the job: its task id is the job's id."""
-    revoke = Panel.data["revoke"]
+    revoke = Panel.data[REVOKE]
 
-    def revoke_and_cancel(state: Any, task_id: Any, **options: Any) -> Any:
+    def revoke_and_cancel(state: Any, task_id: Any, signature: object = None, **options: Any) -> Any:
+        if not signer.accepts(signature, REVOKE, revoked_text(task_id)):
+            return {"error": "not signed"}
         for one in task_id if isinstance(task_id, list) else [task_id]:
             _cancel(host, str(one))
         # A thread cannot be terminated; the engine stops the job.
         return revoke(state, task_id, **(options | {"terminate": False}))
 
-    Panel.data["revoke"] = revoke_and_cancel
+    Panel.data[REVOKE] = revoke_and_cancel
 
 
 def _cancel(host: Host, task_id: str) -> None:

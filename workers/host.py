@@ -19,21 +19,26 @@ from jobs.database import Database
 from jobs.dispatch import Dispatcher
 from jobs.errors import Fenced, StoreUnavailable
 from jobs.leases import Leases, Load, Renewal
+from jobs.retention import Retention
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.states import AttemptOutcome, Lane, State
 from jobs.store import Claim, Settled, Settlement, Store, Waiting
+from jobs.streams import Piece, Streams
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
 from workers.committer import Committer
 from workers.engine_link import EngineLink
 from workers.loops import Loop
 from workers.sweeper import Sweeper
+from workers.telling import PieceTeller
 
 log = logging.getLogger(__name__)
 
 # A lease is taken for over this part of it before its end, so that a slow stop does not overrun it.
 _LEASE_MARGIN = 0.1
+# How often what is older than `[retention_days]` is deleted; it takes a walk through the jobs.
+_RETENTION_SECONDS = 900.0
 
 Stop = Literal["cancel", "release", "fence"]
 
@@ -44,6 +49,7 @@ class Held:
 
     claim: Claim
     stop: Stop | None = None
+    pieces: list[Piece] = field(default_factory=list)  # told so far, if it is streamed
 
     @property
     def request_id(self) -> str:
@@ -127,15 +133,18 @@ class Host:
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
         self._busy_before = 0.0  # the engine's seconds when this incarnation began
-        self.dispatcher = Dispatcher(settings, self.store.mark_published)
+        self.dispatcher = Dispatcher(settings, lambda jobs: self.store.mark_published([job.id for job in jobs]))
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
+        self.teller = PieceTeller(Streams(settings, self._signals))
         sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
         self._loops = [
             Loop("heartbeat", settings.heartbeat_seconds, self.beat),
             Loop("lease-guard", settings.heartbeat_seconds / 5, self.guard_lease),
             Loop("sweeper", settings.sweep_seconds, sweeper.run_once),
         ]
+        if settings.retention_days:
+            self._loops.append(Loop("retention", _RETENTION_SECONDS, self._keep_no_longer))
         self._stop = threading.Event()
         self._closing = threading.Lock()
         self._listener = threading.Thread(target=self._listen, name="cancel-listener", daemon=True)
@@ -153,6 +162,7 @@ class Host:
         self.served_by = f"{health.model} on {health.engine}, {health.quantization}, {health.device}"
         self._register()
         self.committer.start()
+        self.teller.start()
         self._listener.start()
         for loop in self._loops:
             loop.start()
@@ -188,6 +198,7 @@ class Host:
         for loop in self._loops:
             loop.stop()
         self.committer.close()
+        self.teller.close()
         last_load = self._load()
         self.engine.close()
         self._say_goodbye(last_load)
@@ -270,8 +281,8 @@ class Host:
             log.info("stopping %d jobs: %s", len(fresh), why)
 
     def cancel(self, job_id: UUID) -> None:
-        """Cancel a job as its owner would, whoever holds it."""
-        state, released = self.store.cancel(job_id)
+        """Cancel a job as its owner would, whoever that is and whoever holds it."""
+        state, released = self.store.cancel(job_id, self.store.tenant_of(job_id))
         self._signals.publish(CANCEL if state is State.RUNNING else ENDED, [job_id])
         if released:
             self.dispatcher.publish(released)
@@ -281,6 +292,11 @@ class Host:
 
     def _cancel(self, job_id: UUID) -> None:
         self.stop_held([one for one in self.hands.all() if one.claim.id == job_id], "cancel")
+
+    def _keep_no_longer(self) -> None:
+        purged = Retention(self._database).keep_for(self.settings.retention_days)
+        if purged.jobs or purged.batches or purged.conversations:
+            log.info("purged %s", purged)
 
     # -- after the commit ---------------------------------------------------------------------------------------
 
@@ -292,6 +308,6 @@ class Host:
         self._signals.publish(ENDED, [s.id for s in done if not s.requeues])
         # What is given back need not wait until a sweeper misses its message.
         released = [interactive[s.id] for s in done if s.outcome is AttemptOutcome.RELEASED]
-        messages = [*settled.released, *(Waiting(c.id, c.model, c.priority) for c in released)]
+        messages = [*settled.released, *(Waiting(c.id, c.model, c.priority, c.tenant_id) for c in released)]
         if messages:
             self.dispatcher.publish(messages)

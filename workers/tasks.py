@@ -22,11 +22,12 @@ from jobs.errors import HeadraceError, RequestInvalid, StoreUnavailable
 from jobs.schema import JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome
 from jobs.store import Claim, Settlement
+from jobs.streams import Piece
 from models.catalog import ModelSpec
 from models.prompt import PromptError, encode_prompt
-from models.protocol import Ended, Event, Failure, GenerationRequest, SamplingParams, Structure
+from models.protocol import Delta, Ended, Event, Failure, GenerationRequest, SamplingParams, Structure
 from models.protocol import Usage as EngineUsage
-from workers.answers import choices_of
+from workers.answers import choices_of, logprobs_of
 from workers.host import Held, Host
 
 log = logging.getLogger(__name__)
@@ -226,13 +227,15 @@ def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
 def _generation_request(host: Host, held: Held) -> GenerationRequest:
     claim = held.claim
     history: list[dict[str, str]] = []
-    if claim.conversation is not None and claim.turn is not None and claim.turn > 1:
+    if claim.conversation is not None and claim.turn is not None:
         history = host.store.history(claim.tenant_id, claim.conversation, claim.turn)
     return GenerationRequest(
         id=held.request_id,
         prompt_token_ids=_prompt_token_ids(host, claim.request, history),
         sampling=sampling_of(claim.request, host.spec),
         deadline_seconds=claim.seconds_left,
+        # What is echoed comes before the answer, with log probabilities that are known at the end alone.
+        stream=claim.request.stream and not claim.request.echo,
         return_token_ids=False,
         priority=claim.priority,
         cache_salt=claim.tenant_id,
@@ -240,9 +243,8 @@ def _generation_request(host: Host, held: Held) -> GenerationRequest:
 
 
 def _prompt_token_ids(host: Host, request: JobRequest, history: list[dict[str, str]]) -> tuple[int, ...]:
-    messages = None if request.messages is None else [*history, *(m.model_dump() for m in request.messages)]
     try:
-        return tuple(encode_prompt(host.format, messages, request.prompt))
+        return tuple(encode_prompt(host.format, request.chat(history), request.prompt))
     except PromptError as error:
         raise RequestInvalid(error.field, error.message) from None
 
@@ -306,6 +308,8 @@ def _refused(held: Held, error: Exception) -> Ended:
 
 def _ended(host: Host, held: Held, watcher: Watcher, tokenize_seconds: float, event: Event) -> None:
     """On the engine's last word: queue the settlement. Must not block, for it runs in the engine's reader thread."""
+    if isinstance(event, Delta):
+        _tell(host, held, event)
     if not isinstance(event, Ended):
         return
     watcher.left_engine()
@@ -317,6 +321,20 @@ def _ended(host: Host, held: Held, watcher: Watcher, tokenize_seconds: float, ev
     host.committer.settle(settlement, lambda counted: watcher.finished(Finished(settlement, counted)))
 
 
+def _tell(host: Host, held: Held, delta: Delta) -> None:
+    """A piece of a streamed answer goes out, and is remembered for the result."""
+    piece = Piece(
+        attempt=str(held.claim.token),
+        number=len(held.pieces),
+        choice=delta.choice,
+        text=delta.text,
+        tokens=len(delta.token_ids),
+        logprobs=logprobs_of(delta.logprobs, host.format),
+    )
+    held.pieces.append(piece)
+    host.teller.tell(held.claim.id, piece)
+
+
 def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float) -> Settlement:
     """What the engine's last word means for the job: its end, or another try."""
     claim = held.claim
@@ -326,7 +344,7 @@ def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float)
         id=claim.id,
         token=claim.token,
         outcome=outcome,
-        choices=choices_of(claim.request, ended, host.format),
+        choices=choices_of(claim.request, ended, host.format, held.pieces),
         error=error,
         usage=_usage(ended),
         timings=_timings(claim, ended, tokenize_seconds),
@@ -334,6 +352,7 @@ def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float)
         token_dollars=price.token_dollars,
         machine_dollars=price.machine_dollars,
         retry_after_seconds=delay,
+        metered=claim.metered,
     )
 
 

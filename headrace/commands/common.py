@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 from uuid import UUID
 
@@ -16,6 +16,7 @@ from jobs.home import StackError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from jobs.database import Database
     from jobs.settings import Settings
     from producer.client import Producer
 
@@ -44,15 +45,31 @@ class Refused(HeadraceError):
 @contextmanager
 def open_producer(settings: Settings) -> Iterator[Producer]:
     """A producer. A database that was never migrated is a StackError."""
-    from sqlalchemy.exc import ProgrammingError
-
     from producer.client import Producer
 
+    with _migrated(), Producer(settings) as producer:
+        yield producer
+
+
+@contextmanager
+def open_database(settings: Settings) -> Iterator[Database]:
+    """Postgres alone, for commands that are not about jobs. A database that was never migrated is a StackError."""
+    from jobs.database import Database
+
+    assert settings.database_url is not None
+    with _migrated(), closing(Database(settings.database_url, settings.store_wait_seconds)) as database:
+        yield database
+
+
+@contextmanager
+def _migrated() -> Iterator[None]:
+    import psycopg
+    from sqlalchemy.exc import ProgrammingError
+
     try:
-        with Producer(settings) as producer:
-            yield producer
-    except ProgrammingError as error:
-        reason = str(error.orig).splitlines()[0]
+        yield
+    except (ProgrammingError, psycopg.ProgrammingError) as error:
+        reason = str(getattr(error, "orig", error)).splitlines()[0]
         raise StackError(f"the database has not the tables of this version ({reason}): `headrace migrate`") from error
 
 

@@ -1,4 +1,4 @@
-"""Commands for deployments: migrate, worker, bench, flower, version."""
+"""Commands for deployments: migrate, worker, serve, bench, flower, version."""
 
 from __future__ import annotations
 
@@ -44,6 +44,34 @@ def worker(
         show.emit({"model": model, "pid": os.getpid()})
     set_up_logging("supervisor")
     return run(model, gpus)
+
+
+def serve(
+    *,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    as_json: AsJson = False,
+) -> int:
+    """Serve OpenAI's API over HTTP in the foreground, for those who hold a key (`headrace keys create`).
+
+    Its log is on stderr; SIGTERM or Ctrl-C ends it. Any number may run; put a proxy with TLS before them.
+    """
+    from headrace import gateway, show
+    from jobs.logs import set_up_logging
+
+    if not gateway.installed():
+        raise StackError('the gateway is not installed here: pip install "headrace[gateway]"')
+    from producer.gateway.serving import serve as serve_gateway
+
+    settings = connected_settings().for_gateway()
+    where = gateway.place(port, address)
+    if as_json:
+        show.emit({"url": where.url, "pid": os.getpid()})
+    else:
+        typer.echo(f"{where.url}/v1")
+    set_up_logging("gateway")
+    serve_gateway(settings, port, address)
+    return SUCCESS
 
 
 def bench(
@@ -111,5 +139,5 @@ def version(*, as_json: AsJson = False) -> int:
 
 def register(app: Any) -> None:
     """Put the commands into the application."""
-    for function in (migrate, worker, bench, flower, version):
+    for function in (migrate, worker, serve, bench, flower, version):
         app.command(rich_help_panel="Deployment")(function)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ _POLL_SECONDS = 0.1
 _DOWN_SECONDS = 120.0
 
 Models = Annotated[list[str] | None, typer.Option("--model", help="Model to serve. Repeatable. Default: tiny-chat.")]
+GatewayPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the gateway. Default: a free one.")]
 FlowerPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of Flower. Default: a free one.")]
 
 
@@ -41,10 +43,12 @@ def up(
     gpus: Gpus = None,
     flower_port: FlowerPort = None,
     flower: Annotated[bool, typer.Option(help="Start Flower.")] = True,
+    gateway_port: GatewayPort = None,
+    gateway: Annotated[bool, typer.Option(help="Start the HTTP gateway.")] = True,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Start Postgres, Redis, workers and Flower, and keep them running until Ctrl-C or `headrace down`.
+    """Start Postgres, Redis, workers, Flower and the gateway, and keep them running until Ctrl-C or `headrace down`.
 
     Where HEADRACE_DATABASE_URL and HEADRACE_BROKER_URL are set, those servers are used instead of own ones.
     Addresses and credentials are in stack.json in HEADRACE_HOME while the stack is up.
@@ -54,22 +58,40 @@ def up(
     settings = Settings.load()
     models = model or [DEFAULT_MODEL]
     check_models(settings, models)
+    parts = _Parts(flower=flower, flower_port=flower_port, gateway=gateway, gateway_port=gateway_port)
     if not detach:
-        return _stay_up(settings, models, gpus, flower_port, flower=flower, as_json=as_json)
+        return _stay_up(settings, models, gpus, parts, as_json=as_json)
     home = Home(settings.home)
-    _start_detached(home, _own_arguments(models, gpus, flower_port, flower=flower))
+    _start_detached(home, _own_arguments(models, gpus, parts))
     _show_record(home, as_json=as_json)
     return SUCCESS
 
 
-def _stay_up(
-    settings: Settings, models: Sequence[str], gpus: str | None, port: int | None, *, flower: bool, as_json: bool
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What runs beside the workers, and where."""
+
+    flower: bool
+    flower_port: int | None
+    gateway: bool
+    gateway_port: int | None
+
+
+def _stay_up(settings: Settings, models: Sequence[str], gpus: str | None, parts: _Parts, *, as_json: bool) -> int:
     from headrace.show import Terminal
     from headrace.stack import Stack
 
     terminal = Terminal()
-    stack = Stack(settings, models, gpus=gpus, with_flower=flower, flower_port=port, teller=terminal)
+    stack = Stack(
+        settings,
+        models,
+        gpus=gpus,
+        with_flower=parts.flower,
+        flower_port=parts.flower_port,
+        with_gateway=parts.gateway,
+        gateway_port=parts.gateway_port,
+        teller=terminal,
+    )
     try:
         with interruptible(), stack:
             _show_record(stack.home, as_json=as_json)
@@ -80,11 +102,13 @@ def _stay_up(
     return SUCCESS
 
 
-def _own_arguments(models: Sequence[str], gpus: str | None, port: int | None, *, flower: bool) -> list[str]:
+def _own_arguments(models: Sequence[str], gpus: str | None, parts: _Parts) -> list[str]:
     arguments = [part for model in models for part in ("--model", model)]
     arguments += [] if gpus is None else ["--gpus", gpus]
-    arguments += [] if port is None else ["--flower-port", str(port)]
-    return arguments if flower else [*arguments, "--no-flower"]
+    arguments += [] if parts.flower_port is None else ["--flower-port", str(parts.flower_port)]
+    arguments += [] if parts.gateway_port is None else ["--gateway-port", str(parts.gateway_port)]
+    arguments += [] if parts.flower else ["--no-flower"]
+    return arguments if parts.gateway else [*arguments, "--no-gateway"]
 
 
 def _start_detached(home: Home, arguments: Sequence[str]) -> None:
@@ -147,6 +171,7 @@ def _show_record(home: Home, *, as_json: bool) -> None:
         ("Postgres", addresses["database"]),
         ("Redis", addresses["broker"]),
         ("Flower", login),
+        ("gateway", record.gateway_url and f"{record.gateway_url}/v1 (key in stack.json)"),
         ("credentials", str(home.stack_file)),
         ("logs", str(home.folder / "logs")),
     ]
@@ -161,6 +186,7 @@ def _addresses(record: Record) -> dict[str, str | None]:
         "broker": f"{broker.hostname}:{broker.port or 6379}{broker.path}",
         "flower_url": record.flower_url,
         "flower_user": record.flower_user,
+        "gateway_url": record.gateway_url,
     }
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import orjson
 
 from jobs.batches import Line, Rejection
 from jobs.errors import RequestInvalid
 from jobs.schema import JobError, JobRequest
-from producer.bulk.options import BulkOptions
 from producer.openai.lines import batch_line, custom_id
 from producer.openai.requests import CHAT, ENDPOINTS, renamed, translate
+
+log = logging.getLogger(__name__)
 
 # Enough for one COPY to be quick a line, and small beside what else a process holds.
 CHUNK_LINES = 1000
@@ -25,6 +27,32 @@ _LINE_SLACK_BYTES = 64_000
 _SKIP_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _REMEMBERED_MODELS = 1000
+
+
+class LineOptions(Protocol):
+    """What is asked of every line; see `BulkOptions`."""
+
+    @property
+    def model(self) -> str | None: ...
+
+    @property
+    def prompt_field(self) -> str | None: ...
+
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    @property
+    def temperature(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AsTheyAre:
+    """Nothing: the lines are those of a batch file, and say everything themselves."""
+
+    model: None = None
+    prompt_field: None = None
+    max_tokens: None = None
+    temperature: None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +126,7 @@ class LineReader:
 
     def __init__(
         self,
-        options: BulkOptions,
+        options: LineOptions,
         check: Callable[[JobRequest], JobRequest],
         max_prompt_bytes: int,
         max_attempts: int,
@@ -140,6 +168,9 @@ class LineReader:
             endpoint, request = self._request(fields)
         except RequestInvalid as fault:
             return replace(draft, fault=fault)
+        except Exception:  # a mistake of ours over one line must not cost the others theirs, nor stop their batch
+            log.exception("line %d cannot be read", line.number)
+            return replace(draft, fault=RequestInvalid("line", f"line {line.number} cannot be read", "server_error"))
         return replace(draft, endpoint=endpoint, request=request)
 
     def _parse(self, line: RawLine) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.states import BatchState
 from producer.bulk.errors import BulkError, BulkPaused, BulkRefused
+from producer.bulk.intake import Intake
 from producer.bulk.options import BulkOptions
-from producer.bulk.reading import LineReader, RawLine, chunks
+from producer.bulk.reading import LineReader
 from producer.bulk.sidecar import Link, Sidecar, digest
 from producer.bulk.writing import Handover
 from producer.client import Producer
@@ -155,13 +156,13 @@ class BulkRun:
             self._sidecar.write(wanted)
         self.continued = link is not None
         self._link = wanted
-        self._batch = self._batches.open(wanted.batch_id, self._source(wanted), self._producer.tenant_id)
+        self._batch = self._batches.open(wanted.batch_id, self._source(wanted))
         self._offset = self._batch.input_offset
 
     def _alive(self, link: Link) -> bool:
         """Whether its batch may still be gone on with; one that this store has never seen may be begun."""
         try:
-            return self._batches.get(link.batch_id, self._producer.tenant_id).state is not BatchState.CANCELLED
+            return self._batches.get(link.batch_id).state is not BatchState.CANCELLED
         except NotFound:
             return True
 
@@ -196,29 +197,17 @@ class BulkRun:
         reader = LineReader(
             self.options, self._producer.validator.check, settings.max_prompt_bytes, settings.max_attempts
         )
-        size, last_line = self._link.input_bytes, self._batch.input_lines
+        intake = Intake(self._batches, self._batch, reader, self._steadily)
         with self.options.input.open("rb") as file:
-            for chunk in chunks(file, self._offset, size, last_line, reader.max_bytes):
-                self._take_in_chunk(reader, chunk)
+            for models in intake.run(file, self._link.input_bytes):
+                self._offset = intake.offset
+                self._need(models)
+                self._check_pause()
+                self._look_or_tell()
         self._check_whole()
         self._steadily(lambda: self._batches.filled(self.batch_id))
         for model in self._models:  # once more: hints may be lost
             self._producer.dispatcher.hint_bulk(model)
-
-    def _take_in_chunk(self, reader: LineReader, chunk: list[RawLine]) -> None:
-        lines, rejections = reader.read(
-            chunk, lambda ids: self._steadily(lambda: self._batches.known(self.batch_id, ids))
-        )
-        start, end, last_line = self._offset, chunk[-1].end, chunk[-1].number
-        self._steadily(
-            lambda: self._batches.take_in(
-                self._batch, lines, rejections, start_offset=start, end_offset=end, last_line=last_line
-            )
-        )
-        self._offset = end
-        self._need(line.request.model for line in lines)
-        self._check_pause()
-        self._look_or_tell()
 
     def _need(self, models: Iterable[str]) -> None:
         """There are rows for these."""
@@ -230,7 +219,7 @@ class BulkRun:
 
     def _check_whole(self) -> None:
         """A chunk that does not fit onto what was committed changes nothing: the batch was cancelled meanwhile."""
-        self._batch = self._steadily(lambda: self._batches.get(self.batch_id, self._producer.tenant_id))
+        self._batch = self._steadily(lambda: self._batches.get(self.batch_id))
         if self._batch.input_offset != self._link.input_bytes:
             raise BulkError(f"batch {self.batch_id} was cancelled, or {self.options.input} was changed meanwhile")
 

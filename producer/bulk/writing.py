@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Protocol, Self
 from uuid import UUID
 
 import orjson
 
-from jobs.batches import Batches, Ended
+from jobs.batches import Batches
 from jobs.states import State
 from producer.bulk.errors import BulkError
 from producer.bulk.sidecar import sync_folder
@@ -24,34 +24,27 @@ from producer.openai.lines import output_line, rejected_line
 _BUFFER_BYTES = 1 << 20
 
 
-class Handover:
-    """OUT and ERR of a batch of `lines` lines. A context manager: what is not put in place leaves no trace.
+class Sink(Protocol):
+    """Where lines go."""
 
-    Every method may be repeated after StoreUnavailable. They raise BulkError if the disk refuses.
+    def write(self, data: bytes, /) -> object:
+        """Append."""
+
+
+class LineWriter:
+    """Writes what became of a batch of `lines` lines: what succeeded to `good`, everything else to `bad`.
+
+    Every method may be repeated after StoreUnavailable.
     """
 
-    def __init__(self, batches: Batches, batch_id: UUID, lines: int, output: Path, errors: Path) -> None:
+    def __init__(self, batches: Batches, batch_id: UUID, lines: int, good: Sink, bad: Sink) -> None:
         self._batches = batches
         self._batch_id = batch_id
         self._lines = lines
+        self._good = good
+        self._bad = bad
         self._written = 0  # lines
         self._rejected = 0  # the last bad line that is written
-        self._output = output
-        self._errors = errors
-        self._cleanup = ExitStack()
-        self._good: IO[bytes]
-        self._bad: IO[bytes]
-
-    def __enter__(self) -> Self:
-        with ExitStack() as cleanup, self._disk():
-            self._good, self._bad = (cleanup.enter_context(_aside(path)) for path in (self._output, self._errors))
-            self._cleanup = cleanup.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cleanup.close()
 
     @property
     def complete(self) -> bool:
@@ -65,26 +58,66 @@ class Handover:
         page = self._batches.outputs(self._batch_id, self._written)
         if page is None:
             return False
-        with self._disk():
-            self._write(page.jobs)
+        for job in page.jobs:
+            sink = self._good if job.state is State.SUCCEEDED else self._bad
+            sink.write(_json(output_line(job)))
         self._written = page.last
         return True
 
+    def write_rejected(self) -> None:
+        """Write the lines that became no job."""
+        while page := self._batches.rejected(self._batch_id, self._rejected):
+            for rejection in page:
+                self._bad.write(_json(rejected_line(self._batch_id, rejection)))
+            self._rejected = page[-1].number
+
+
+class Handover:
+    """OUT and ERR of a batch of `lines` lines. A context manager: what is not put in place leaves no trace.
+
+    Every method may be repeated after StoreUnavailable. They raise BulkError if the disk refuses.
+    """
+
+    def __init__(self, batches: Batches, batch_id: UUID, lines: int, output: Path, errors: Path) -> None:
+        self._batches = batches
+        self._batch_id = batch_id
+        self._lines = lines
+        self._output = output
+        self._errors = errors
+        self._cleanup = ExitStack()
+        self._good: IO[bytes]
+        self._bad: IO[bytes]
+        self._writer: LineWriter
+
+    def __enter__(self) -> Self:
+        with ExitStack() as cleanup, self._disk():
+            self._good, self._bad = (cleanup.enter_context(_aside(path)) for path in (self._output, self._errors))
+            self._writer = LineWriter(self._batches, self._batch_id, self._lines, self._good, self._bad)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every line that became a job is written."""
+        return self._writer.complete
+
+    def write_page(self) -> bool:
+        """Write the next page of jobs; False if not all of them have ended, or none is left."""
+        with self._disk():
+            return self._writer.write_page()
+
     def put_in_place(self) -> None:
         """Add the lines that became no job, and give both files their names."""
-        while page := self._batches.rejected(self._batch_id, self._rejected):
-            with self._disk():
-                self._bad.writelines(_json(rejected_line(self._batch_id, rejection)) for rejection in page)
-            self._rejected = page[-1].number
         with self._disk():
+            self._writer.write_rejected()
             _sync(self._good)
             _sync(self._bad)
             self._rename()
-
-    def _write(self, jobs: list[Ended]) -> None:
-        for job in jobs:
-            file = self._good if job.state is State.SUCCEEDED else self._bad
-            file.write(_json(output_line(job)))
 
     def _rename(self) -> None:
         """ERR first: when OUT is there, all is."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 from jobs.batches import Ended
-from jobs.schema import Choice, Job, TokenLogprob, Usage
+from jobs.schema import Call, Choice, Job, TokenLogprob, Usage
 from jobs.states import State
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 
@@ -41,28 +41,29 @@ def text_completion(job: Answered) -> Object:
     return _completion(job, "cmpl", "text_completion") | {"choices": [_text_choice(c) for c in job.choices]}
 
 
-def response(job: Answered, echo: Mapping[str, Any] | None = None) -> Object:
-    """A Response. `echo` is what it repeats of its request, where whoever answers still knows that."""
+def response(job: Answered) -> Object:
+    """A Response. What it repeats of its request is known if it came over the API by itself."""
     status = _response_status(job)
+    call = job.call or Call()
     return {
         "id": f"resp_{job.id.hex}",
         "object": "response",
         "created_at": _unix(job.created_at),
         "completed_at": _unix(job.finished_at) if status == "completed" and job.finished_at else None,
         "status": status,
-        "background": False,
+        "background": call.background,
         "error": _response_error(job),
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "instructions": None,
         "max_output_tokens": None,
         "model": job.model,
-        "output": [_message_item(job, status)] if job.choices else [],
+        "output": [message_item(job, status)] if job.choices else [],
         "parallel_tool_calls": True,
-        "previous_response_id": None,
+        "previous_response_id": f"resp_{call.previous.hex}" if call.previous else None,
         "conversation": {"id": job.conversation} if job.conversation else None,
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
-        "store": True,
+        "store": call.stored,
         "temperature": None,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
@@ -71,7 +72,7 @@ def response(job: Answered, echo: Mapping[str, Any] | None = None) -> Object:
         "truncation": "disabled",
         "usage": _response_usage(job.usage) if job.state.final and job.usage else None,
         "metadata": dict(job.metadata),
-        **(echo or {}),
+        **call.echo,
     }
 
 
@@ -86,7 +87,7 @@ def _completion(job: Answered, prefix: str, kind: str) -> Object:
         "object": kind,
         "created": _unix(job.created_at),
         "model": job.model,
-        "usage": _usage(job.usage or Usage()),
+        "usage": usage_object(job.usage or Usage()),
         # What ran: two answers with the same fingerprint, seed and prompt should be the same.
         "system_fingerprint": job.served_by,
     }
@@ -96,8 +97,8 @@ def _chat_choice(choice: Choice) -> Object:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None if choice.logprobs is None else {"content": _tokens(choice.logprobs), "refusal": None},
-        "finish_reason": _finish_reason(choice),
+        "logprobs": None if choice.logprobs is None else {"content": token_objects(choice.logprobs), "refusal": None},
+        "finish_reason": finish_reason(choice),
     }
 
 
@@ -105,12 +106,12 @@ def _text_choice(choice: Choice) -> Object:
     return {
         "index": choice.index,
         "text": choice.text,
-        "logprobs": None if choice.logprobs is None else _columns(choice.text, choice.logprobs),
-        "finish_reason": _finish_reason(choice),
+        "logprobs": None if choice.logprobs is None else columns(choice.text, choice.logprobs),
+        "finish_reason": finish_reason(choice),
     }
 
 
-def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Object]:
+def token_objects(logprobs: Sequence[TokenLogprob]) -> list[Object]:
     """Log probabilities as chat completions and responses have them: an object for each token."""
     return [
         _token(one.token, one.logprob) | {"top_logprobs": [_token(token, value) for token, value in one.top]}
@@ -122,8 +123,10 @@ def _token(token: str, logprob: float | None) -> Object:
     return {"token": token, "bytes": list(_bytes_of(token)), "logprob": logprob}
 
 
-def _columns(text: str, logprobs: Sequence[TokenLogprob]) -> Object:
+def columns(text: str, logprobs: Sequence[TokenLogprob], offset: int = 0) -> Object:
     """Log probabilities as completions have them: a list for each kind of fact, null for what nothing comes before.
+
+    The text is the part behind `offset` characters.
 
     The alternatives are keyed by text, the token itself among them: of two with the same text the likelier one stays.
     """
@@ -133,7 +136,7 @@ def _columns(text: str, logprobs: Sequence[TokenLogprob]) -> Object:
         "top_logprobs": [
             None if one.logprob is None else dict([(one.token, one.logprob), *reversed(one.top)]) for one in logprobs
         ],
-        "text_offset": list(_offsets(text, logprobs)),
+        "text_offset": [offset + start for start in _offsets(text, logprobs)],
     }
 
 
@@ -155,12 +158,13 @@ def _bytes_of(token: str) -> bytes:
     return token.encode()
 
 
-def _finish_reason(choice: Choice) -> str:
+def finish_reason(choice: Choice) -> str:
     """The wire knows two of ours; whatever else cut an answer short looks like its length."""
     return "stop" if choice.finish_reason == "stop" else "length"
 
 
-def _usage(usage: Usage) -> Object:
+def usage_object(usage: Usage) -> Object:
+    """The usage of chats and completions."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -180,7 +184,7 @@ def _response_usage(usage: Usage) -> Object:
 
 
 def _response_status(job: Answered) -> str:
-    if job.state is State.SUCCEEDED and _finish_reason(job.choices[0]) == "length":
+    if job.state is State.SUCCEEDED and finish_reason(job.choices[0]) == "length":
         return "incomplete"
     return _STATUS[job.state]
 
@@ -193,18 +197,24 @@ def _response_error(job: Answered) -> Object | None:
     return {"code": "server_error", "message": reason}
 
 
-def _message_item(job: Answered, status: str) -> Object:
+def message_item(job: Answered, status: str) -> Object:
+    """The answer as an item of a response of this status."""
     return {
         "id": f"msg_{job.id.hex}",
         "type": "message",
         "role": "assistant",
         "status": status if status in {"completed", "in_progress"} else "incomplete",
-        "content": [{"type": "output_text", "text": job.text, "annotations": [], "logprobs": _tokens(_first(job))}],
+        "content": [text_part(job.text, _first(job))],
     }
 
 
+def text_part(text: str, logprobs: Sequence[TokenLogprob] = ()) -> Object:
+    """The one part that an answer's message has."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": token_objects(logprobs)}
+
+
 def _first(job: Answered) -> Sequence[TokenLogprob]:
-    return job.choices[0].logprobs or ()
+    return (job.choices[0].logprobs or ()) if job.choices else ()
 
 
 def _unix(moment: datetime) -> int:

@@ -163,20 +163,22 @@ def _unsupported(path: str, message: str) -> RequestInvalid:
 # == prompts ====================================================================================================
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def _chat_prompt(given: Body) -> dict[str, Any]:
-    return {"messages": _messages("messages", _typed(given, "messages"))}
+    return {"messages": messages_of("messages", _typed(given, "messages"))}
 
 
 def _response_prompt(given: Body) -> dict[str, Any]:
     asked = _typed(given, "input")
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _messages("input", asked)
-    if "instructions" in given:
-        messages = [{"role": "system", "content": _typed(given, "instructions")}, *messages]
-    form = _response_format((_optional(given, "text") or {}).get("format"))
-    return {"messages": messages, "metadata": _optional(given, "metadata") or {}, "response_format": form}
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else messages_of("input", asked)
+    return {
+        "messages": messages,
+        "instructions": _optional(given, "instructions"),
+        "metadata": _optional(given, "metadata") or {},
+        "response_format": _response_format((_optional(given, "text") or {}).get("format")),
+    }
 
 
 def _response_format(form: Any) -> Any:
@@ -186,7 +188,8 @@ def _response_format(form: Any) -> Any:
     return form
 
 
-def _messages(path: str, items: Sequence[Any]) -> list[dict[str, str]]:
+def messages_of(path: str, items: Sequence[Any]) -> list[dict[str, str]]:
+    """Messages with plain text, of those in any form of the wire. Raises RequestInvalid."""
     if not items:
         raise RequestInvalid(path, "must not be empty")
     return [_message(f"{path}[{index}]", item) for index, item in enumerate(items)]

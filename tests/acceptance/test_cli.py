@@ -307,3 +307,70 @@ def _write(one: User, name: str, lines: list[Any]) -> str:
 
 def _read(one: User, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(one.folder / name).read_text().splitlines()]
+
+
+# == keys, purge =================================================================================================
+
+
+def test_a_key_from_its_making_to_its_end(ann: User) -> None:
+    """Made, listed without its secret, given a new one, revoked; an id that is none is an error."""
+    made = ann.call(
+        "keys", "create", "--tenant", "acme", "--tier", "premium", "--quota-tokens-per-minute", "500",
+        "--models", "echo, slow", "--roles", "read", "--json",
+    )  # fmt: skip
+    assert set(made.json) == {"id", "key", "tenant"}
+    assert (made.json["tenant"], made.json["key"][:3]) == ("acme", "hr-")
+    key_id = made.json["id"]
+
+    [listed] = ann.call("keys", "list", "--tenant", "acme", "--json").json["keys"]
+    expected = {"id": key_id, "tenant": "acme", "tier": "premium", "models": ["echo", "slow"], "roles": ["read"]}
+    assert expected.items() <= listed.items()
+    assert (listed["quota_tokens_per_minute"], listed["revoked_at"]) == (500, None)
+    assert made.json["key"] not in ann.call("keys", "list").out
+
+    rotated = ann.call("keys", "rotate", key_id, "--json").json
+    assert (rotated["id"], rotated["tenant"]) == (key_id, "acme")
+    assert rotated["key"] != made.json["key"]
+
+    assert ann.call("keys", "revoke", key_id, "--json").json == {"id": key_id, "revoked": True}
+    assert ann.call("keys", "list", "--tenant", "acme", "--json").json["keys"][0]["revoked_at"]
+    gone = ann.call("keys", "rotate", key_id, "--json")
+    assert (gone.status, gone.json["error"]["code"]) == (1, "not_found")
+
+
+def test_a_person_is_shown_the_key_once(ann: User) -> None:
+    """On stdout whole, however narrow the terminal; that it is not shown again is said beside it."""
+    done = ann.call("keys", "create", "--tenant", "zeta")
+    [secret] = [word for word in done.out.split() if word.startswith("hr-")]
+    assert len(secret) == 3 + 43
+    assert "not shown again" in done.err
+    assert "zeta" in ann.call("keys", "list").out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--tenant", "acme", "--roles", "read,root"],
+        ["--tenant", "acme", "--models", "echo,"],
+        ["--tenant", "acme", "--quota-tokens-per-minute", "0"],
+        ["--tenant", " "],
+        [],
+    ],
+)
+def test_a_key_that_cannot_be_is_not_made(ann: User, options: list[str]) -> None:
+    """Wrong usage is told in a line, with exit status 2."""
+    before = ann.call("keys", "list", "--json").json["keys"]
+    done = ann.call("keys", "create", *options)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert ann.call("keys", "list", "--json").json["keys"] == before
+
+
+def test_purge_forgets_what_ended(ann: User) -> None:
+    """Of one tenant, or what is older than a time; without either, nobody knows what is meant."""
+    job = ann.call("submit", "forget me", "--model", "echo", "--wait", "--json").json["id"]
+    for options in (["--older-than", "1d"], ["--tenant", "nobody", "--older-than", "0s"]):
+        assert ann.call("purge", *options, "--json").json["purged"]["jobs"] == 0
+    assert ann.call("purge", "--tenant", "local", "--older-than", "0s", "--json").json["purged"]["jobs"] >= 1
+    assert ann.call("status", job, "--json").json["error"]["code"] == "not_found"
+    for options in ([], ["--older-than", "soon"], ["--older-than", "-1d"]):
+        assert ann.call("purge", *options).status == 2

@@ -15,10 +15,11 @@ from uuid import UUID
 
 import pytest
 
-from jobs.dispatch import celery_app
+from jobs.dispatch import Dispatcher, celery_app
 from jobs.ids import new_id
 from jobs.schema import Job, JobRequest
 from jobs.settings import Settings
+from jobs.signals import CANCEL, Signals
 from jobs.states import Lane, State, WorkerState
 from jobs.store import Waiting
 from kit.systems import PATIENCE_SECONDS, System, system_on
@@ -232,6 +233,37 @@ def test_a_busy_worker_leaves_messages_to_others_and_a_revoked_one_never_runs(
 
     _cancel_all(system, jobs)
     assert not slow.has_begun(queued.id)
+
+
+def test_strangers_on_the_broker_move_nothing(system: System, slow: WorkerProcesses) -> None:
+    """Without the secret, whoever writes to Redis neither starts nor ends a job, nor stops a worker."""
+    stranger = system.settings.model_copy(update={"secret": "a stranger's guess, long enough to be one"})
+    running = _begun(system, slow)
+    # Nobody serves its model, so that no message of ours comes in between; a worker claims what it is told to.
+    waiting = system.producer.submit(model="leaving", prompt="x")
+    said_before = slow.log.read_text().count("refused a message")
+    with closing(Dispatcher(stranger, lambda _: None)) as dispatcher, closing(Signals(stranger)) as signals:
+        dispatcher.publish([Waiting(waiting.id, "slow", 5)], PATIENCE_SECONDS)
+        dispatcher.hint_bulk("slow", PATIENCE_SECONDS)
+        signals.publish(CANCEL, [running.id])
+        control = celery_app(stranger).control
+        assert "not signed" in str(control.revoke(str(running.id), reply=True))
+        control.broadcast("shutdown")
+        refused = lambda: slow.log.read_text().count("refused a message") - said_before  # noqa: E731
+        wait_until(lambda: refused() >= 4, PATIENCE_SECONDS, "each of the four is refused, and logged")
+    assert system.producer.get(running.id).state is State.RUNNING
+    assert not slow.has_begun(waiting.id)
+    _cancel_all(system, [running, waiting])
+    assert system.wait(system.producer.submit(model="slow", prompt="fine").id).text == "fine"
+
+
+def test_another_tenants_job_can_be_revoked(system: System, slow: WorkerProcesses) -> None:
+    """The operator's monitor shows and ends the jobs of every tenant."""
+    acme = system.producer.for_tenant("acme")
+    job = acme.submit(model="slow", prompt=LONG)
+    wait_until(lambda: slow.has_begun(job.id), PATIENCE_SECONDS, "the job runs")
+    celery_app(system.settings).control.revoke(str(job.id))
+    assert acme.wait(job.id, PATIENCE_SECONDS).state is State.CANCELLED
 
 
 def test_an_unknown_task_can_be_revoked(system: System, slow: WorkerProcesses) -> None:

@@ -10,7 +10,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
+import openai
 import psutil
 import psycopg
 import pytest
@@ -21,6 +23,7 @@ from headrace.stack import Stack
 from jobs.home import Home, Record, StackError
 from jobs.settings import Settings
 from kit.commands import PATIENCE_SECONDS, Background, User, user
+from kit.databases import SECRET
 from kit.homes import temporary_home
 from kit.waiting import wait_until
 
@@ -37,7 +40,7 @@ def ann() -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def up(ann: User) -> Iterator[Background]:
-    """Her stack: echo and Flower."""
+    """Her stack: echo, Flower and the gateway."""
     with ann.up("--model", "echo") as command:
         yield command
 
@@ -62,6 +65,22 @@ def test_the_record_is_private_and_what_it_names_answers(ann: User, record: Reco
         assert client.ping()
     assert "echo" in _flower(record, "/api/workers?refresh=1")
     assert record.models == ["echo"]
+
+
+def test_a_gateways_user_is_admitted_and_held(record: Record) -> None:
+    """The stack makes the user as whom a gateway connects; Postgres holds it to row security."""
+    with psycopg.connect(_plain(str(record.gateway_database_url))) as connection:
+        held = "SELECT current_user, row_security_active('jobs'), has_table_privilege('api_keys', 'SELECT')"
+        assert connection.execute(held).fetchone() == ("headrace_gateway", True, False)
+    assert len(record.secret) >= 32
+
+
+def test_whoever_is_let_into_flower_ends_jobs(ann: User, record: Record) -> None:
+    """Its revoke is signed like our own messages, so that workers heed it; here of a job that nobody serves."""
+    job = ann.call("submit", "x", "--model", "tiny-chat", "--json").json["id"]
+    _flower(record, f"/api/task/revoke/{job}", body=b"")
+    ended = lambda: ann.call("status", job, "--json").json["state"] == "cancelled"  # noqa: E731
+    wait_until(ended, PATIENCE_SECONDS, "the job is cancelled")
 
 
 def test_its_addresses_are_told_without_passwords(record: Record, up: Background) -> None:
@@ -108,6 +127,23 @@ def test_flower_shows_a_job_under_its_id(ann: User, record: Record) -> None:
     assert "watch me" not in json.dumps(task)
 
 
+def test_the_gateway_answers_to_the_key_of_the_record(ann: User, record: Record) -> None:
+    """The official client works with what stack.json says, and the job is one of the stack's."""
+    with openai.OpenAI(base_url=f"{record.gateway_url}/v1", api_key=record.gateway_key, max_retries=0) as client:
+        made = client.responses.create(model="echo", input="over HTTP")
+    assert made.output_text == "over HTTP"
+    shown = ann.call("status", str(UUID(made.id.removeprefix("resp_"))), "--json").json
+    assert (shown["state"], shown["text"]) == ("succeeded", "over HTTP")
+
+
+def test_the_gateways_process_has_no_other_way_into_postgres(ann: User, record: Record) -> None:
+    """It knows the user that Postgres holds to one tenant, and not the tables' owner."""
+    environment = ann.program("producer.gateway").environ()
+    owner = make_url(record.database_url)
+    assert make_url(environment["HEADRACE_DATABASE_URL"]).username != owner.username
+    assert not [name for name, value in environment.items() if str(owner.password) in value]
+
+
 def test_flower_knows_the_queues_of_the_worker(record: Record) -> None:
     """Their lengths are on its broker page from the start."""
     names = {queue["name"] for queue in json.loads(_flower(record, "/api/queues/length"))["active_queues"]}
@@ -142,6 +178,7 @@ def test_another_home_has_a_stack_of_its_own(ann: User, record: Record) -> None:
     [
         ("workers.supervisor", "worker echo"),
         ("headrace.flower", "Flower"),
+        ("producer.gateway", "gateway"),
         ("redis-server", "Redis"),
         ("postgres", "Postgres"),
     ],
@@ -154,12 +191,13 @@ def test_what_is_killed_is_started_again(ann: User, up: Background, record: Reco
     up.await_until(lambda: _program(ann, record, name) not in {None, victim}, f"{title} runs again")
     up.await_until(lambda: ann.call("submit", "again", "--model", "echo", "--wait").out == "again\n", "a job ends")
     up.await_until(lambda: _answers(record), "Flower answers")
+    up.await_until(lambda: _is_healthy(record), "the gateway answers")
     assert f"{title} ended; starting it again" in up.said
 
 
 def test_configured_servers_are_used_and_none_is_started(servers: Any, database_url: str, key_prefix: str) -> None:
     """`up` migrates and serves on them; a run after it brings its own worker; neither stops them."""
-    urls = {"HEADRACE_DATABASE_URL": database_url, "HEADRACE_BROKER_URL": servers.broker_url}
+    urls = {"HEADRACE_DATABASE_URL": database_url, "HEADRACE_BROKER_URL": servers.broker_url, "HEADRACE_SECRET": SECRET}
     with user(**QUICK, **urls, HEADRACE_KEY_PREFIX=key_prefix) as one:
         with one.up("--model", "echo", "--no-flower") as command:
             record = one.record_of(command)
@@ -252,8 +290,10 @@ def _plain(url: str) -> str:
 
 
 def _secrets(record: Record) -> list[str]:
-    passwords = [make_url(url).password for url in (record.database_url, record.broker_url)]
-    return [str(password) for password in [*passwords, record.flower_password] if password]
+    urls = (record.database_url, str(record.gateway_database_url), record.broker_url)
+    passwords = [make_url(url).password for url in urls]
+    others = [record.flower_password, record.gateway_key, record.secret]
+    return [str(password) for password in [*passwords, *others] if password]
 
 
 def _port(url: str | None) -> int:
@@ -285,12 +325,19 @@ def _answers(record: Record) -> bool:
         return False
 
 
-def _flower(record: Record, path: str) -> str:
-    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}")
+def _is_healthy(record: Record) -> bool:
+    try:
+        return bool(_get(f"{record.gateway_url}/health", None))
+    except OSError:
+        return False
 
 
-def _get(url: str, login: str | None) -> str:
+def _flower(record: Record, path: str, body: bytes | None = None) -> str:
+    return _get(f"{record.flower_url}{path}", f"{record.flower_user}:{record.flower_password}", body)
+
+
+def _get(url: str, login: str | None, body: bytes | None = None) -> str:
     headers = {} if login is None else {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+    with direct.open(urllib.request.Request(url, body, headers), timeout=30) as reply:
         return str(reply.read(), "utf-8")

@@ -439,7 +439,11 @@ def test_a_worker_that_cannot_be_had(producer: Producer, folder: Folder) -> None
 def test_postgres_may_be_away_for_a_while(own_servers: Servers, tmp_path: Path, folder: Folder) -> None:
     """A run outlives a crash of Postgres that takes longer than a call waits, and loses nothing."""
     upgrade(own_servers.database_url)
-    urls = {"database_url": own_servers.database_url, "broker_url": own_servers.broker_url}
+    urls = {
+        "database_url": own_servers.database_url,
+        "broker_url": own_servers.broker_url,
+        "secret": own_servers.secret,
+    }
     folder.ask(50)
     ready = threading.Event()
 
@@ -633,7 +637,11 @@ def test_paused_before_the_start(producer: Producer, tables: Tables, folder: Fol
 def test_a_pause_does_not_wait_for_postgres(own_servers: Servers, tmp_path: Path, folder: Folder) -> None:
     """Stopped while Postgres is away, the command ends, and the same command goes on."""
     upgrade(own_servers.database_url)
-    urls = {"database_url": own_servers.database_url, "broker_url": own_servers.broker_url}
+    urls = {
+        "database_url": own_servers.database_url,
+        "broker_url": own_servers.broker_url,
+        "secret": own_servers.secret,
+    }
     folder.ask(5)
     with Producer(Settings.load(home=tmp_path, store_wait_seconds=0.2, **urls)) as producer:
         bulk = BulkRun(producer, folder.options(**ASKED))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import redis
@@ -20,6 +21,7 @@ from headrace.migrations import upgrade
 from headrace.servers import Servers
 from jobs.dispatch import DRAIN, RUN_JOB, queue_name
 from jobs.errors import (
+    Forbidden,
     IdempotencyConflict,
     ModelUnknown,
     NotFound,
@@ -29,12 +31,14 @@ from jobs.errors import (
 )
 from jobs.home import NoStack
 from jobs.ids import new_id
+from jobs.keys import ApiKey
 from jobs.schema import Job, JobRequest
 from jobs.settings import Settings
-from jobs.signals import ENDED, Signals
+from jobs.signals import CANCEL, ENDED, Signals
+from jobs.signing import MessageSigner
 from jobs.states import Lane, State
 from kit.contract import Tables, Worker
-from kit.databases import temporary_database
+from kit.databases import SECRET, temporary_database
 from kit.waiting import wait_until
 from producer.client import Producer
 
@@ -113,7 +117,9 @@ def test_submit(client: Producer, settings: Settings, tables: Tables, broker: re
     assert (job.state, job.model, job.lane, job.metadata) == (State.QUEUED, "echo", Lane.INTERACTIVE, {"a": "b"})
     assert tables.state(job.id) is State.QUEUED
     [message] = interactive(broker, settings)
-    assert (message["id"], message["task"], message["arguments"]) == (str(job.id), RUN_JOB, [str(job.id)])
+    assert (message["id"], message["task"], message["arguments"][0]) == (str(job.id), RUN_JOB, str(job.id))
+    assert MessageSigner(SECRET).knows(message["arguments"][1], RUN_JOB, str(job.id))
+    assert message["arguments"][1] not in message["argsrepr"]
     assert (message["correlation_id"], message["priority"]) == (str(job.id), 3)
 
 
@@ -237,7 +243,11 @@ def test_the_sweeper_publishes_what_a_submit_could_not(
 def test_submit_without_postgres(own_servers: Servers, settings: Settings) -> None:
     """Postgres away is an error within the time that was set; repeated under the same id once it is back, one job."""
     upgrade(own_servers.database_url)
-    urls = {"database_url": own_servers.database_url, "broker_url": own_servers.broker_url}
+    urls = {
+        "database_url": own_servers.database_url,
+        "broker_url": own_servers.broker_url,
+        "secret": own_servers.secret,
+    }
     job_id = new_id()
     with Producer(settings.model_copy(update=urls | {"store_wait_seconds": 1.0})) as client:
         client.submit(model="echo", prompt="before")
@@ -257,7 +267,7 @@ def test_submit_without_postgres(own_servers: Servers, settings: Settings) -> No
 
 def test_without_addresses(settings: Settings) -> None:
     """A producer without a stack says how to get one, and which settings would name other servers."""
-    bare = settings.model_copy(update={"database_url": None, "broker_url": None})
+    bare = settings.model_copy(update={"database_url": None, "broker_url": None, "secret": None})
     with pytest.raises(NoStack, match=r"headrace up.*HEADRACE_DATABASE_URL"):
         Producer(bare)
 
@@ -341,7 +351,7 @@ def test_cancel_of_a_running_job(client: Producer, worker: Worker, settings: Set
         running = client.cancel(job.id)
         heard = wait_until(lambda: ears.get_message(timeout=1.0), PATIENCE_SECONDS, "the cancel is announced")
     assert (running.state, running.cancel_requested_at is not None) == (State.RUNNING, True)
-    assert heard["data"] == str(job.id).encode()
+    assert heard["data"].startswith(str(job.id).encode())
     assert worker.renew([claim.token]).cancelled == (claim.token,)
 
 
@@ -378,7 +388,8 @@ def test_submit_many(client: Producer, worker: Worker, settings: Settings, broke
     assert len({job.batch_id for job in made}) == 1
     assert {(job.lane, job.state) for job in made} == {(Lane.BULK, State.QUEUED)}
     [hint] = messages(broker, settings, queue_name("echo", Lane.BULK))
-    assert (hint["task"], hint["arguments"]) == (DRAIN, ["echo"])
+    assert (hint["task"], hint["arguments"][0]) == (DRAIN, "echo")
+    assert MessageSigner(SECRET).knows(hint["arguments"][1], DRAIN, "echo")
     for claim in worker.claim_bulk(50):
         worker.settle(claim, served_by=str(claim.request.prompt))
     assert [client.wait(job.id, PATIENCE_SECONDS).served_by for job in made] == [f"{number}" for number in range(20)]
@@ -458,3 +469,90 @@ def test_a_prompt_as_long_as_is_accepted(settings: Settings, tables: Tables) -> 
         with pytest.raises(RequestInvalid, match="HEADRACE_MAX_PROMPT_BYTES"):
             client.submit(model="echo", prompt=longest + ".")
     assert tables.count("jobs") == 1
+
+
+# -- on behalf of others ------------------------------------------------------------------------------------------
+
+
+def test_a_producer_acts_for_other_tenants_over_the_same_connections(client: Producer) -> None:
+    """Each sees its own jobs alone, and to close one of them closes nothing of the others."""
+    acme, zeta = client.for_tenant("acme"), client.for_tenant("zeta")
+    job = acme.submit(model="echo", prompt="hello")
+    acme.close()
+    assert acme.get(job.id).tenant_id == "acme"
+    for other in (client, zeta):
+        with pytest.raises(NotFound):
+            other.get(job.id)
+        with pytest.raises(NotFound):
+            other.cancel(job.id)
+        assert other.list() == []
+    assert acme.database is client.database
+
+
+def test_a_producer_for_a_key_keeps_to_its_models(client: Producer) -> None:
+    """What the key is not for is refused before there is a row, alone or among many."""
+    acme = client.for_key(ApiKey(new_id(), "acme", models=("echo",)))
+    assert acme.submit(model="echo", prompt="hello").tenant_id == "acme"
+    with pytest.raises(Forbidden):
+        acme.submit(model="tiny-chat", prompt="hello")
+    with pytest.raises(Forbidden):
+        acme.submit_many([{"model": "echo", "prompt": "a"}, {"model": "tiny-chat", "prompt": "b"}])
+    assert len(acme.list()) == 1
+
+
+# -- forged signals -----------------------------------------------------------------------------------------------
+
+
+def test_signals_that_none_of_us_signed_are_refused_and_counted(settings: Settings, broker: redis.Redis) -> None:
+    """Altered, made for another kind, unsigned or no text: nobody is told, and what comes after is heard."""
+    heard: list[UUID] = []
+    stop, ready = threading.Event(), threading.Event()
+    wanted, other = new_id(), new_id()
+    sign = MessageSigner(SECRET).sign
+    with closing(Signals(settings)) as signals:
+        ears = threading.Thread(target=signals.listen, args=(CANCEL, heard.append, stop, ready))
+        ears.start()
+        try:
+            assert ready.wait(PATIENCE_SECONDS)
+            forgeries = [
+                str(other),
+                f"{other}:",
+                f"{other}:{'0' * 64}",
+                f"{other}:{sign(CANCEL, str(wanted))}",
+                f"{other}:{sign(ENDED, str(other))}",
+                f"{other}:{sign(CANCEL, str(other)).upper()}",
+                b"\xff\xfe",
+                "",
+            ]
+            for forgery in forgeries:
+                broker.publish(f"{settings.key_prefix}:{CANCEL}", forgery)
+            signals.publish(CANCEL, [wanted])
+            wait_until(lambda: heard, PATIENCE_SECONDS, "the one that is signed is heard")
+        finally:
+            stop.set()
+            ears.join()
+        assert heard == [wanted]
+        assert signals.signer.refused == len(forgeries)
+
+
+# -- policy -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_policy_did_is_recorded_on_the_job(settings: Settings, tables: Tables) -> None:
+    """Alone or in a batch: what is redacted is in no table, and the job says which rule did it."""
+    rules = {
+        "acme": {
+            "secrets": {"pattern": "hunter[0-9]", "action": "redact"},
+            "short": {"pattern": "^.{1,20}$", "action": "flag"},
+        }
+    }
+    with Producer(settings.model_copy(update={"policies": rules})) as producer:
+        acme = producer.for_tenant("acme")
+        one = acme.submit(model="echo", prompt="my hunter2")
+        [many] = acme.submit_many([{"model": "echo", "prompt": "my hunter2"}])
+        for job in (one, acme.get(one.id), many):
+            assert job.policy == {"secrets": "redact", "short": "flag"}
+        assert producer.get(producer.submit(model="echo", prompt="my hunter2").id).policy == {}
+    stored = tables.rows("SELECT request::text AS request FROM payloads WHERE tenant_id = 'acme'")
+    assert len(stored) == 2
+    assert all("hunter2" not in row["request"] for row in stored)

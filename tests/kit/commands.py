@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,8 @@ def user(**settings: str) -> Iterator[User]:
             yield one
         finally:
             for process in one.processes():
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                    process.kill()
             one.await_gone()
 
 

@@ -23,7 +23,7 @@ WAITING_FOR_A_LOCK = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
 # In this order: what refers to a row goes before it, and the rest goes with it.
-_TABLES = ("jobs", "batches", "workers", "ledger", "conversations")
+_TABLES = ("jobs", "batches", "workers", "ledger", "conversations", "api_keys")
 
 
 def request_of(**fields: Any) -> JobRequest:
@@ -50,6 +50,7 @@ def settlement(claim: Claim, outcome: str = "succeeded", *, busy_seconds: float 
         "error": JobError(code="engine_error", message="it broke") if outcome in {"failed", "retried"} else None,
         "usage": Usage(prompt_tokens=3, completion_tokens=2) if ok else Usage(),
         "timings": Timings(busy_seconds=busy_seconds),
+        "metered": claim.metered,
     }
     return Settlement(claim.id, claim.token, AttemptOutcome(outcome), **(defaults | fields))
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import psycopg
 from sqlalchemy import make_url
 
+SECRET = "a secret that every process of a test shares"
+
 
 @contextmanager
 def migrated_template(server_url: str) -> Iterator[str]:

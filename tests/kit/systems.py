@@ -16,7 +16,7 @@ from jobs.schema import Job
 from jobs.settings import Settings
 from jobs.states import State
 from kit.contract import Tables
-from kit.databases import temporary_database
+from kit.databases import SECRET, temporary_database
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 from producer.client import Producer
@@ -102,7 +102,7 @@ class System:
 def system_on(servers: Addresses, template: str, folder: Path, **changes: Any) -> Iterator[System]:
     """A system on these servers, with an empty database made from the template."""
     with temporary_database(servers.database_url, template) as url, _key_prefix(servers.broker_url) as prefix:
-        urls = {"database_url": url, "broker_url": servers.broker_url}
+        urls = {"database_url": url, "broker_url": servers.broker_url, "secret": SECRET}
         settings = Settings.load(home=folder / "home", **urls, key_prefix=prefix, **changes)
         with System(settings, folder) as system:
             yield system

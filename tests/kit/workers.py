@@ -21,6 +21,7 @@ from headrace import guard
 from jobs.database import Database
 from jobs.leases import Leases, Worker
 from jobs.settings import Settings
+from kit.canaries import has_leaked
 from kit.waiting import wait_until
 
 START_SECONDS = 60.0
@@ -139,6 +140,7 @@ class WorkerProcesses:
             self._database.close()
             shutil.rmtree(self._temporary, ignore_errors=True)
             self.in_use.discard(self)
+        assert not has_leaked(self.log.read_text(errors="replace")), f"{self.log} holds a secret"
 
     def _ready(self) -> Worker | None:
         if not self._process.running:

@@ -20,7 +20,7 @@ from jobs.errors import RequestInvalid
 from jobs.schema import JobRequest
 from jobs.settings import Settings
 from producer.bulk import BulkOptions, BulkRefused
-from producer.bulk.reading import CHUNK_LINES, LineReader, RawLine, chunks
+from producer.bulk.reading import CHUNK_LINES, AsTheyAre, LineReader, RawLine, chunks
 from producer.bulk.sidecar import Link, Sidecar, digest
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 from producer.validation import Validator
@@ -445,3 +445,19 @@ def test_a_digest_is_of_the_content(tmp_path: Path) -> None:
     blocks: list[None] = []
     assert digest(tmp_path / "a", lambda: blocks.append(None)) == digest(tmp_path / "b", lambda: None)
     assert len(blocks) == 3
+
+
+def test_a_line_over_which_we_stumble_stops_no_other() -> None:
+    """It is refused like a bad one, and the log has what happened."""
+
+    def stumble(request: JobRequest) -> JobRequest:
+        if request.messages and request.messages[0].content == "stumble":
+            raise RuntimeError
+        return request
+
+    good, bad = (request_line(name, messages=[{"role": "user", "content": name}]) for name in ("walk", "stumble"))
+    content = b"\n".join(orjson.dumps(line) for line in (bad, good))
+    clumsy = LineReader(AsTheyAre(), stumble, SETTINGS.max_prompt_bytes, max_attempts=3)
+    lines, rejections = clumsy.read(lines_of(content), none_known)
+    assert [line.custom_id for line in lines] == ["walk"]
+    assert [(one.custom_id, one.error.code) for one in rejections] == [("stumble", "server_error")]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from jobs.settings import CONFIG_VARIABLE, PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_PASSWORD")
+SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_PASSWORD", "HEADRACE_SECRET")
 
 Seconds = Annotated[str, StringConstraints(pattern=r"^\d+s$")]
 Variable = re.compile(r"\$\{(?P<name>\w+)(?P<rest>[^}]*)\}")
@@ -149,7 +149,7 @@ def test_no_password_is_written_down(raw: dict[str, Any]) -> None:
     """Whatever looks like a password in the environment of a service comes from a variable."""
     for service in raw["services"].values():
         for name, value in service["environment"].items():
-            if re.search("PASSWORD|AUTH|_URL$", name):
+            if re.search("PASSWORD|AUTH|SECRET|_URL$", name):
                 assert Variable.search(value), name
 
 

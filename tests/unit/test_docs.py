@@ -7,6 +7,7 @@ import re
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer.main
@@ -14,7 +15,7 @@ import typer.main
 from jobs.batches import Batches
 from jobs.dispatch import Dispatcher
 from jobs.leases import Leases
-from jobs.settings import CONFIG_VARIABLE, PREFIX, Settings
+from jobs.settings import CONFIG_VARIABLE, PREFIX, TABLES, Settings
 from jobs.states import State
 from jobs.store import Store
 from jobs.tables import metadata
@@ -52,7 +53,7 @@ def test_the_table_of_settings_is_that_of_the_code(generator: ModuleType) -> Non
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
 def test_every_setting_is_documented(name: str) -> None:
     """A setting that is in the code is in the page of settings."""
-    expected = "[models." if name == "models" else f"`{PREFIX}{name.upper()}`"
+    expected = f"[{name}" if name in TABLES else f"`{PREFIX}{name.upper()}`"
     assert expected in _text("docs/settings.md")
 
 
@@ -108,10 +109,13 @@ def _commands() -> dict[str, set[str]]:
     from headrace.cli import app
 
     group = typer.main.get_command(app)
-    return {
-        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
-    }
+    return {name: _options(command) for name, command in group.commands.items()}  # type: ignore[attr-defined]
+
+
+def _options(command: Any) -> set[str]:
+    """Its own, and those of the commands within it."""
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(_options(one) for one in getattr(command, "commands", {}).values()))
 
 
 def _shown(page: Path) -> list[tuple[str, str]]:
@@ -175,3 +179,15 @@ def test_the_changelog_has_the_version() -> None:
     from headrace import __version__
 
     assert re.search(rf"^## \[{re.escape(__version__)}\]", _text("CHANGELOG.md"), flags=re.MULTILINE)
+
+
+def test_every_promise_of_access_names_tests_that_exist() -> None:
+    """Whoever doubts a promise finds its test: each name in the page is a test's."""
+    named = set(re.findall(r"`(test_\w+)`", _text("docs/access.md")))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    assert len(named) > 30
+    assert named <= there

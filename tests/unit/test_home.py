@@ -16,13 +16,16 @@ from jobs.settings import Settings
 RECORD = Record(
     pid=os.getpid(),
     database_url="postgresql+psycopg://headrace:secret@127.0.0.1:5/headrace",
+    gateway_database_url="postgresql+psycopg://headrace_gateway:secret@127.0.0.1:5/headrace",
     broker_url="redis://:secret@127.0.0.1:6/0",
+    secret="its own secret of at least 32 characters",
     key_prefix="its-prefix",
     flower_url=None,
     flower_user=None,
     flower_password=None,
     models=["echo"],
     model_tables={"slow": {"engine": "echo"}},
+    policies={"*": {"short": {"max_characters": 9, "action": "flag"}}},
     started_at="2026-01-01T00:00:00+00:00",
 )
 
@@ -105,6 +108,7 @@ def test_settings_with_servers_are_taken_as_they_are(home: Home, monkeypatch: py
     """Configured servers go before a stack that is up."""
     monkeypatch.setenv("HEADRACE_DATABASE_URL", "postgresql://u:p@db/own")
     monkeypatch.setenv("HEADRACE_BROKER_URL", "redis://own")
+    monkeypatch.setenv("HEADRACE_SECRET", "own secret of at least 32 characters")
     with home.hold("up"):
         home.publish(RECORD)
         assert connected_settings(Settings.load(home=home.folder)).database_url == "postgresql+psycopg://u:p@db/own"
@@ -139,7 +143,11 @@ def test_a_child_sees_the_same_settings(home: Home, monkeypatch: pytest.MonkeyPa
     """The variables that a program of the stack gets make the settings that they were made from."""
     models = {"slow": {"engine": "echo", "seconds_per_token": 0.5}}
     settings = Settings.load(
-        home=home.folder, database_url=RECORD.database_url, broker_url=RECORD.broker_url, models=models
+        home=home.folder,
+        database_url=RECORD.database_url,
+        broker_url=RECORD.broker_url,
+        secret=RECORD.secret,
+        models=models,
     )
     for name, value in child_environment(settings).items():
         monkeypatch.setenv(name, value)

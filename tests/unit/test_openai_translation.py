@@ -11,7 +11,7 @@ import pytest
 
 from jobs.batches import Rejection
 from jobs.errors import ModelUnknown, RequestInvalid
-from jobs.schema import Choice, Job, JobError, JobRequest, TokenLogprob, Usage
+from jobs.schema import Call, Choice, Job, JobError, JobRequest, TokenLogprob, Usage
 from jobs.states import Lane, State
 from producer.openai.lines import batch_line, custom_id, output_line, rejected_line
 from producer.openai.objects import answer, response
@@ -204,7 +204,7 @@ def test_messages_of_a_chat() -> None:
 
 
 def test_items_of_a_response() -> None:
-    """Instructions come first; easy and typed message items are both understood; metadata is kept."""
+    """Easy and typed message items are both understood; instructions lie apart; metadata is kept."""
     items = [
         {"role": "user", "content": "My name is Ann."},
         {
@@ -220,8 +220,8 @@ def test_items_of_a_response() -> None:
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Who am I?"}]},
     ]
     request = asked(RESPONSES, input=items, instructions="Be kind.", metadata={"team": "a"})
+    assert request.instructions == "Be kind."
     assert contents(request) == [
-        ("system", "Be kind."),
         ("user", "My name is Ann."),
         ("assistant", "Hi Ann"),
         ("user", "Who am I?"),
@@ -511,7 +511,7 @@ def test_a_response_without_an_answer(state: State, status: str) -> None:
 
 def test_a_response_repeats_its_request() -> None:
     """What the caller knows of the request goes before what the job alone can say."""
-    made = response(job(), {"temperature": 0.5, "instructions": "Be kind."})
+    made = response(job(call=Call(echo={"temperature": 0.5, "instructions": "Be kind."})))
     assert (made["temperature"], made["instructions"], made["top_p"]) == (0.5, "Be kind.", None)
 
 

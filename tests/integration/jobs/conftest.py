@@ -72,10 +72,10 @@ def transactions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every try of a transaction: one more than asked for means that one failed and was tried again."""
     tries: list[object] = []
 
-    def counted(once: Callable[[Engine, object], object]) -> Callable[[Engine, object], object]:
-        def count(engine: Engine, work: object) -> object:
+    def counted(once: Callable[..., object]) -> Callable[..., object]:
+        def count(engine: Engine, work: object, *tenant: object) -> object:
             tries.append(work)
-            return once(engine, work)
+            return once(engine, work, *tenant)
 
         return count
 

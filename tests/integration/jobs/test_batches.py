@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy import Connection, text
 
 import jobs.batches
 from jobs.batches import Batch, Batches, Ended, Line, Progress, Rejection
+from jobs.database import Database
 from jobs.errors import NotFound
 from jobs.ids import line_id, new_id
 from jobs.schema import JobError, Usage
@@ -76,15 +78,16 @@ def test_states_of_a_batch(batches: Batches, batch: Batch) -> None:
     assert batches.open(batch.id, {}) == finished
 
 
-def test_a_batch_belongs_to_its_tenant(batches: Batches) -> None:
+def test_a_batch_belongs_to_its_tenant(database: Database) -> None:
     """Another tenant neither sees it nor resumes it."""
-    batch = batches.open(new_id(), {}, "one")
-    batches.pause(batch.id)
+    one, two = Batches(database, "one"), Batches(database, "two")
+    batch = one.open(new_id(), {})
+    one.pause(batch.id)
     with pytest.raises(NotFound):
-        batches.get(batch.id, "two")
+        two.get(batch.id)
     with pytest.raises(NotFound):
-        batches.open(batch.id, {}, "two")
-    assert batches.get(batch.id, "one").state is BatchState.PAUSED
+        two.open(batch.id, {})
+    assert one.get(batch.id).state is BatchState.PAUSED
 
 
 def test_unknown_batch(batches: Batches) -> None:
@@ -150,18 +153,18 @@ def test_take_in_through_a_passing_fault(
     fault: Callable[..., None], batches: Batches, batch: Batch, tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault that passes, in the middle of a chunk, costs a second try, not the chunk."""
-    honest = jobs.batches._copy
+    honest = jobs.batches._insert
     tries: list[str] = []
 
-    def faulty(connection: Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        tries.append(statement)
-        copy = partial(honest, connection, statement, rows)
+    def faulty(connection: Connection, table: Any, rows: Sequence[tuple[object, ...]]) -> None:
+        tries.append(table.name)
+        copy = partial(honest, connection, table, rows)
         if len(tries) == 1:
             fault(connection, tables, copy)
         else:
             copy()
 
-    monkeypatch.setattr(jobs.batches, "_copy", faulty)
+    monkeypatch.setattr(jobs.batches, "_insert", faulty)
     take_in(batches, batch, [line(1), line(2)], [rejection(3)])
     assert len(tries) == 1 + 3
     assert (tables.count("jobs"), tables.count("payloads"), tables.count("rejections")) == (2, 2, 1)
@@ -222,12 +225,12 @@ def test_claim_of_one_route(batches: Batches, batch: Batch, worker: Worker) -> N
     assert [claim.request.prompt for claim in worker.claim_bulk(9)] == ["prompt 2"]
 
 
-def test_claim_is_fair_between_tenants(batches: Batches, worker: Worker) -> None:
+def test_claim_is_fair_between_tenants(database: Database, worker: Worker) -> None:
     """Two tenants share a worker's room half and half, however many batches, rows or priorities each has."""
-    small = batches.open(new_id(), {}, "small")
-    take_in(batches, small, [line(number, priority=9) for number in range(1, 7)])
+    small, large = Batches(database, "small"), Batches(database, "large")
+    take_in(small, small.open(new_id(), {}), [line(number, priority=9) for number in range(1, 7)])
     for _ in range(3):
-        take_in(batches, batches.open(new_id(), {}, "large"), [line(number, priority=0) for number in range(1, 21)])
+        take_in(large, large.open(new_id(), {}), [line(number, priority=0) for number in range(1, 21)])
     assert tenants(worker.claim_bulk(8)) == {"small": 4, "large": 4}
     assert tenants(worker.claim_bulk(8)) == {"small": 2, "large": 6}
     assert tenants(worker.claim_bulk(8)) == {"large": 8}

@@ -141,7 +141,7 @@ def test_refusal_names_its_field(name: str, value: Any, field: str) -> None:
     assert error.message
 
 
-@pytest.mark.parametrize("name", ["temprature", "stream", "structured", "tuple", "nullable", "function-x", "a b"])
+@pytest.mark.parametrize("name", ["temprature", "streamed", "structured", "tuple", "nullable", "function-x", "a b"])
 def test_unknown_field(name: str) -> None:
     """A field that the contract does not know is refused by its name, whatever the name is."""
     error = refusal({"model": "echo", "prompt": "hello", name: 1})
@@ -266,6 +266,8 @@ OTHERS: dict[str, Any] = {
     "choice": ("x",),
     "ignore_eos": True,
     "conversation": "c",
+    "instructions": "x",
+    "stream": True,
     "max_attempts": 1,
     "deadline_seconds": 1.0,
     "priority": 0,

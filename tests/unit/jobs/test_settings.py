@@ -16,6 +16,7 @@ from jobs.settings import Settings
 REPOSITORY = Path(__file__).parents[3]
 DATABASE = "postgresql://u:p@localhost:5432/h"
 BROKER = "redis://:p@localhost:6379/0"
+SECRET = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +95,14 @@ def test_models_of_the_file(folder: Path) -> None:
         ("HEADRACE_BROKER_URL", "amqp://localhost"),
         ("HEADRACE_MODELS", "{"),
         ("HEADRACE_MODELS", "[]"),
+        ("HEADRACE_POLICIES", "{"),
     ],
 )
 def test_bad_value_names_the_variable(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad value is an error that begins with the variable's name."""
     monkeypatch.setenv("HEADRACE_DATABASE_URL", DATABASE)
     monkeypatch.setenv("HEADRACE_BROKER_URL", BROKER)
+    monkeypatch.setenv("HEADRACE_SECRET", SECRET)
     monkeypatch.setenv(variable, value)
     assert refusal().variable == variable
 
@@ -174,7 +177,7 @@ def test_one_url_without_the_other(given: str, value: str, missing: str, monkeyp
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_any_way_to_write_postgres(scheme: str) -> None:
     """Every usual spelling of a Postgres URL comes to the one driver."""
-    settings = Settings.load(database_url=f"{scheme}://u:p@h/d", broker_url=BROKER)
+    settings = Settings.load(database_url=f"{scheme}://u:p@h/d", broker_url=BROKER, secret=SECRET)
     assert settings.database_url == "postgresql+psycopg://u:p@h/d"
 
 
@@ -188,7 +191,12 @@ def test_environment_round_trip(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """A child that gets the environment sees the same settings, models too, wherever it works."""
     (folder / "headrace.toml").write_text('max_attempts = 7\n[models.fast]\nengine = "echo"\n')
     settings = Settings.load(
-        home=Path("here"), database_url=DATABASE, broker_url=BROKER, key_prefix="a.b", lease_seconds=12.25
+        home=Path("here"),
+        database_url=DATABASE,
+        broker_url=BROKER,
+        secret=SECRET,
+        key_prefix="a.b",
+        lease_seconds=12.25,
     )
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
@@ -225,3 +233,31 @@ def test_nothing_is_read_at_import(folder: Path) -> None:
         check=False,
     )
     assert (asked.stdout, asked.stderr) == ("fine\n", "")
+
+
+def test_servers_of_ones_own_need_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing passes through a Redis of one's own unsigned: without a secret, nothing starts."""
+    monkeypatch.setenv("HEADRACE_DATABASE_URL", DATABASE)
+    monkeypatch.setenv("HEADRACE_BROKER_URL", BROKER)
+    assert refusal().variable == "HEADRACE_SECRET"
+    monkeypatch.setenv("HEADRACE_SECRET", SECRET[:-1])
+    assert refusal().variable == "HEADRACE_SECRET"
+    monkeypatch.setenv("HEADRACE_SECRET", SECRET)
+    assert Settings.load().secret == SECRET
+
+
+def test_no_secret_is_shown_by_accident() -> None:
+    """Whoever prints the settings tells no secret."""
+    assert SECRET not in repr(Settings.load(database_url=DATABASE, broker_url=BROKER, secret=SECRET))
+
+
+def test_a_gateway_knows_no_way_into_postgres_but_its_own() -> None:
+    """Its settings, and the environment made from them, do not hold the owner's URL."""
+    settings = Settings.load(
+        database_url=DATABASE,
+        gateway_database_url="postgresql://gateway:q@localhost:5432/h",
+        broker_url=BROKER,
+        secret=SECRET,
+    ).for_gateway()
+    assert settings.database_url == "postgresql+psycopg://gateway:q@localhost:5432/h"
+    assert "u:p@" not in str(settings.environment())

@@ -39,6 +39,7 @@ def claim_of(token: UUID | None = None, **fields: Any) -> Claim:
         "seconds_left": None,
         "conversation": None,
         "turn": None,
+        "metered": False,
         "request": JobRequest(model="echo", prompt="hello"),
     }
     return Claim(**(defaults | fields))
@@ -137,7 +138,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     engine = FakeEngine()
     engine.ready.set()
     return FakeHost(
-        settings=Settings.load(database_url="postgresql://nowhere/x", broker_url="redis://nowhere/0"),
+        settings=Settings.load(database_url="postgresql://nowhere/x", broker_url="redis://nowhere/0", secret="s" * 32),
         spec=spec,
         slots=spec.slots,
         served_by="echo on echo, none, cpu",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -11,10 +13,11 @@ from celery import Celery
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
 
-from jobs.dispatch import DRAIN, RUN_JOB
+from jobs.dispatch import DRAIN, REVOKE, RUN_JOB, revoked_text
 from jobs.errors import NotFound
 from jobs.ids import new_id
 from jobs.schema import JobRequest
+from jobs.signing import MessageSigner
 from jobs.states import AttemptOutcome
 from kit.waiting import wait_until
 from workers.consumer import worker_app
@@ -37,6 +40,12 @@ def app(host: Any, revoked: object) -> Celery:
     return worker_app(host.settings, host.real())
 
 
+@pytest.fixture
+def signed(host: Any) -> Callable[..., str]:
+    """The signature of one of us."""
+    return MessageSigner(host.settings.secret).sign
+
+
 def test_interactive_jobs_and_bulk_have_queues_of_their_own(app: Celery) -> None:
     """The interactive queue comes first, and no exchange leads to both."""
     queues = app.conf.task_queues
@@ -44,24 +53,26 @@ def test_interactive_jobs_and_bulk_have_queues_of_their_own(app: Celery) -> None
     assert [(queue.exchange.name, queue.routing_key) for queue in queues] == [(q.name, q.name) for q in queues]
 
 
-def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery) -> None:
+def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery, signed: Callable[..., str]) -> None:
     """A duplicate is ignored: neither a success nor a failure in the monitor."""
+    job_id = str(new_id())
     with pytest.raises(Ignore):
-        app.tasks[RUN_JOB](str(new_id()))
+        app.tasks[RUN_JOB](job_id, signed(RUN_JOB, job_id))
 
 
-def test_a_failed_job_is_a_failed_task(app: Celery, host: Any) -> None:
+def test_a_failed_job_is_a_failed_task(app: Celery, host: Any, signed: Callable[..., str]) -> None:
     """The error goes through to Celery, which expects it and prints no traceback."""
     host.store.waiting = [JobRequest.parse({"model": "echo", "messages": [{"role": "system", "content": "x"}]})]
+    job_id = str(new_id())
     with pytest.raises(JobFailed):
-        app.tasks[RUN_JOB](str(new_id()))
+        app.tasks[RUN_JOB](job_id, signed(RUN_JOB, job_id))
     assert JobFailed in app.tasks[RUN_JOB].throws
 
 
-def test_a_drain_says_how_many_rows_it_ran(app: Celery, host: Any) -> None:
+def test_a_drain_says_how_many_rows_it_ran(app: Celery, host: Any, signed: Callable[..., str]) -> None:
     """The bulk task's result is a count; its argument is only for people who watch."""
     host.store.waiting = [JobRequest(model="echo", prompt="x")] * 3
-    assert app.tasks[DRAIN]("echo") == "3 rows"
+    assert app.tasks[DRAIN]("echo", signed(DRAIN, "echo")) == "3 rows"
 
 
 def test_bulk_rows_are_drained_without_a_message(app: Celery, host: Any) -> None:
@@ -81,7 +92,7 @@ def test_bulk_rows_are_drained_without_a_message(app: Celery, host: Any) -> None
 
 
 def test_a_revoke_cancels_and_never_terminates(
-    app: Celery, host: Any, revoked: list[tuple[Any, dict[str, Any]]]
+    app: Celery, host: Any, revoked: list[tuple[Any, dict[str, Any]]], signed: Callable[..., str]
 ) -> None:
     """Every job named is cancelled; what is no job is passed over; Celery is not asked to end a thread."""
     cancelled: list[UUID] = []
@@ -95,14 +106,54 @@ def test_a_revoke_cancels_and_never_terminates(
     host.cancel = cancel
     revoke = Panel.data["revoke"]
     ids = ["no-id", str(unknown), str(known)]
-    revoke(None, ids, terminate=True, signal="SIGTERM")
-    revoke(None, str(known))
+    revoke(None, ids, signature=signed(REVOKE, revoked_text(ids)), terminate=True, signal="SIGTERM")
+    revoke(None, str(known), signature=signed(REVOKE, str(known)))
 
     assert cancelled == [known, known]
     assert revoked == [
         (ids, {"terminate": False, "signal": "SIGTERM"}),
         (str(known), {"terminate": False}),
     ]
+
+
+def test_what_none_of_us_signed_is_refused_before_anything_is_done(
+    app: Celery, host: Any, signed: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Forged, altered, for another job, for another task, unsigned, no text at all: no claim, and a line in the log."""
+    host.store.waiting = [JobRequest(model="echo", prompt="x")]
+    job_id, other = str(new_id()), str(new_id())
+    forgeries: list[tuple[str, tuple[Any, ...]]] = [
+        (RUN_JOB, (job_id,)),
+        (RUN_JOB, (job_id, "0" * 64)),
+        (RUN_JOB, (job_id, signed(RUN_JOB, other))),
+        (RUN_JOB, (job_id, signed(DRAIN, job_id))),
+        (RUN_JOB, (job_id, MessageSigner("t" * 32).sign(RUN_JOB, job_id))),
+        (RUN_JOB, (job_id, {"not": "text"})),
+        (RUN_JOB, (None, signed(RUN_JOB, job_id))),
+        (DRAIN, ("echo", signed(RUN_JOB, "echo"))),
+        (DRAIN, ("other", signed(DRAIN, "echo"))),
+    ]
+    with caplog.at_level(logging.WARNING):
+        for task, arguments in forgeries:
+            with pytest.raises(Ignore):
+                app.tasks[task](*arguments)
+    assert host.store.asked == []
+    assert f"{len(forgeries)} so far" in caplog.text
+
+
+def test_an_unsigned_revoke_cancels_nothing(app: Celery, host: Any, revoked: list[Any]) -> None:
+    """Whoever can write to the broker cannot end other people's jobs."""
+    host.cancel = pytest.fail
+    for signature in ({}, {"signature": "0" * 64}):
+        assert Panel.data[REVOKE](None, str(new_id()), terminate=True, **signature) == {"error": "not signed"}
+    assert revoked == []
+
+
+def test_a_worker_serves_two_tasks_and_no_command_that_hinders_it(app: Celery) -> None:
+    """Celery's own tasks are gone, and nobody on the broker shuts a worker down or takes its queues away."""
+    assert set(app.tasks) == {RUN_JOB, DRAIN}
+    assert {"shutdown", "cancel_consumer", "add_consumer", "pool_shrink", "time_limit"}.isdisjoint(Panel.data)
+    assert {"ping", "stats", "active", "registered", "enable_events"} <= set(Panel.data)
 
 
 def test_celerys_end_drains_the_host(app: Celery, host: Any) -> None:

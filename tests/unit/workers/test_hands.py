@@ -29,6 +29,7 @@ def claim(token: UUID) -> Claim:
         seconds_left=None,
         conversation=None,
         turn=None,
+        metered=False,
         request=JobRequest(model="echo", prompt="hello"),
     )
 

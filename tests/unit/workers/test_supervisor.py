@@ -310,6 +310,7 @@ def test_a_worker_needs_servers_and_a_known_model(monkeypatch: pytest.MonkeyPatc
         run("echo", None)
     monkeypatch.setenv("HEADRACE_DATABASE_URL", "postgresql://nowhere/x")
     monkeypatch.setenv("HEADRACE_BROKER_URL", "redis://nowhere/0")
+    monkeypatch.setenv("HEADRACE_SECRET", "s" * 32)
     with pytest.raises(SettingsError, match="no-such-model"):
         run("no-such-model", None)
     monkeypatch.setattr(module, "set_up_logging", lambda _: None)  # that of this process is pytest's
@@ -320,7 +321,7 @@ def test_a_worker_needs_servers_and_a_known_model(monkeypatch: pytest.MonkeyPatc
 
 
 def _settings() -> Settings:
-    urls = {"database_url": "postgresql://me:secret@nowhere/x", "broker_url": "redis://nowhere/0"}
+    urls = {"database_url": "postgresql://me:secret@nowhere/x", "broker_url": "redis://nowhere/0", "secret": "s" * 32}
     return Settings.load(**urls, drain_seconds=5.0, lease_seconds=10.0)
 
 
