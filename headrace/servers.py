@@ -151,7 +151,6 @@ class Postgres(Server):
             "shared_buffers": "128MB",
             "fsync": "on",
             "recovery_init_sync_method": _SYNC_METHOD,
-            "log_error_verbosity": "terse",  # no rows, and so no prompts, in its log
             "timezone": "UTC",
             "log_timezone": "UTC",
         }
@@ -170,6 +169,9 @@ class Postgres(Server):
         with self._connect(port) as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'headrace'").fetchone():
                 connection.execute("CREATE DATABASE headrace")
+            # What a statement fails for is logged without the rows at fault, which may be what somebody asked. (Why the
+            # server itself does not start is logged in full.)
+            connection.execute("ALTER ROLE ALL SET log_error_verbosity = 'terse'")
 
     def _connect(self, port: int) -> psycopg.Connection:
         return psycopg.connect(

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 
@@ -60,6 +61,7 @@ def _live(system: System, folder: Path) -> set[Any]:
     asked = [
         producer.submit(model="echo", prompt=f"{CANARY} {number}", idempotency_key=f"k{number}") for number in range(3)
     ]
+    _make_postgres_complain(system)
     asked += [
         producer.submit(model="echo", messages=[{"role": "user", "content": CANARY}], conversation="talk")
         for _ in range(2)
@@ -74,6 +76,14 @@ def _live(system: System, folder: Path) -> set[Any]:
         producer.submit(model="echo", prompt=CANARY, logprobs=1)
     _bulk(system, folder)
     return {job.id for job in producer.list(limit=1000)}
+
+
+def _make_postgres_complain(system: System) -> None:
+    """About a row that holds the text."""
+    row = "INSERT INTO conversations (tenant_id, id, turns) VALUES ('local', %s, 1)"
+    system.tables.execute(row, CANARY)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        system.tables.execute(row, CANARY)
 
 
 def _bulk(system: System, folder: Path) -> None:
