@@ -7,7 +7,7 @@ next VACUUM, and as its write-ahead log is recycled.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -37,17 +37,20 @@ class Purged:
 class Retention:
     """Deletes what has ended. May be called at any time, by several at once, and again after any failure."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, forget: Callable[[Sequence[UUID]], object] = lambda _: None) -> None:
+        """`forget` is told which jobs are gone, for what is kept of them elsewhere (`Streams.forget`)."""
         self.database = database
+        self._forget = forget
 
     def purge(self, older_than_seconds: float, tenant_id: str | None = None, but: Collection[str] = ()) -> Purged:
         """What ended at least so long ago, of one tenant, or of all `but` some."""
         fields: dict[str, Any] = {"tenant": tenant_id, "but": list(but), "limit": _ROWS}
         fields["until"] = self.database.row(_UNTIL, {"seconds": older_than_seconds}).until
-        jobs = self._in_steps(_PURGE_JOBS, fields)
+        jobs = self._in_steps(_PURGE_JOBS, fields, self._forget)
         batches = self._in_steps(_PURGE_BATCHES, fields)
         self._in_steps(_PURGE_API_BATCHES, fields)
         self._in_steps(_PURGE_FILES, fields)
+        self.database.rows(_PURGE_ITEMS, fields)
         return Purged(jobs, batches, self._purge_conversations(fields))
 
     def keep_for(self, days: Mapping[str, float], only: str | None = None) -> Purged:
@@ -61,11 +64,17 @@ class Retention:
             purged += self.purge(days[EVERY_TENANT] * _DAY_SECONDS, but=named)
         return purged
 
-    def _in_steps(self, statement: TextClause, fields: dict[str, Any]) -> int:
+    def _in_steps(
+        self,
+        statement: TextClause,
+        fields: dict[str, Any],
+        then: Callable[[Sequence[UUID]], object] = lambda _: None,
+    ) -> int:
         """Some rows at a time, walking the primary key: no long transaction, and no row is looked at twice."""
         count, after = 0, _FIRST
         while rows := self.database.rows(statement, fields | {"after": after}):
             count += len(rows)
+            then([row.id for row in rows])
             after = max(row.id for row in rows)
         return count
 
@@ -131,10 +140,16 @@ DELETE FROM files WHERE id IN (
 RETURNING id
 """)  # noqa: S608
 
+# What was put in by hand; the turns are jobs.
+_PURGE_ITEMS = text(f"""
+DELETE FROM conversation_items i WHERE i.created_at <= :until AND {_OF_TENANT.format("i")}
+""")  # noqa: S608
+
 _LOCK_EMPTY_CONVERSATIONS = text(f"""
 SELECT c.tenant_id, c.id FROM conversations c
 WHERE c.created_at <= :until AND {_OF_TENANT.format("c")}
   AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.tenant_id = c.tenant_id AND j.conversation = c.id)
+  AND NOT EXISTS (SELECT 1 FROM conversation_items i WHERE i.tenant_id = c.tenant_id AND i.conversation = c.id)
 ORDER BY c.tenant_id, c.id LIMIT :limit FOR UPDATE OF c SKIP LOCKED
 """)  # noqa: S608
 

@@ -93,6 +93,13 @@ class Streams:
     def _accepts(self, job_id: UUID, text: str, signature: bytes | None) -> bool:
         return self._signals.signer.accepts((signature or b"").decode(errors="replace"), _KIND, f"{job_id} {text}")
 
+    def forget(self, jobs: Sequence[UUID]) -> None:
+        """Delete the pieces of these; where Redis does not answer, they go when their time is over."""
+        try:
+            self._redis.unlink(*map(self._key, jobs))
+        except UNREACHABLE as error:
+            log.warning("the pieces of %d jobs are left to their end: %s", len(jobs), error)
+
     def close(self) -> None:
         """Let go of Redis."""
         self._redis.close()

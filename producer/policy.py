@@ -118,7 +118,11 @@ class _Compiled:
             Message(role=one.role, content=self._without(name, one.content)) if self._looks_at(one.role) else one
             for one in request.messages
         )
-        return request.model_copy(update={"messages": messages})
+        return request.model_copy(update={"messages": messages, "instructions": self._instructions(name, request)})
+
+    def _instructions(self, name: str, request: JobRequest) -> str | None:
+        text = request.instructions
+        return self._without(name, text) if text is not None and self._looks_at("system") else text
 
     def _without(self, name: str, text: str) -> str:
         return str(self.pattern.sub(f"[{name}]", text))
@@ -127,7 +131,10 @@ class _Compiled:
 def _texts(request: JobRequest) -> list[tuple[Role | None, str]]:
     if request.messages is None:
         return [(None, str(request.prompt))]
-    return [(message.role, message.content) for message in request.messages]
+    first: list[tuple[Role | None, str]] = []
+    if request.instructions is not None:
+        first.append(("system", request.instructions))
+    return [*first, *((message.role, message.content) for message in request.messages)]
 
 
 class Policies:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Self
 
+from jobs.conversations import Item
 from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
 from jobs.schema import JobRequest
 from jobs.settings import Settings
@@ -60,6 +62,15 @@ class Validator:
         _check_told(request, max_tokens, prompt_tokens)
         temperature = spec.default_temperature if request.temperature is None else request.temperature
         return request.model_copy(update={"max_tokens": max_tokens, "temperature": temperature})
+
+    def screened(self, items: Sequence[Item]) -> list[Item]:
+        """What is put into a conversation by hand, as the tenant's policy leaves it. Raises RequestInvalid."""
+        if not items:
+            return []
+        said = [{"role": item.role, "content": item.content} for item in items]
+        request = self._policy.apply(JobRequest.parse({"model": "any", "messages": said}))
+        assert request.messages is not None
+        return [replace(item, content=one.content) for item, one in zip(items, request.messages, strict=True)]
 
     def prompt_tokens(self, request: JobRequest) -> int:
         """Tokens of the rendered prompt. Raises RequestInvalid."""

@@ -136,7 +136,8 @@ class Host:
         self.dispatcher = Dispatcher(settings, lambda jobs: self.store.mark_published([job.id for job in jobs]))
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
-        self.teller = PieceTeller(Streams(settings, self._signals))
+        self._streams = Streams(settings, self._signals)
+        self.teller = PieceTeller(self._streams)
         sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
         self._loops = [
             Loop("heartbeat", settings.heartbeat_seconds, self.beat),
@@ -294,7 +295,7 @@ class Host:
         self.stop_held([one for one in self.hands.all() if one.claim.id == job_id], "cancel")
 
     def _keep_no_longer(self) -> None:
-        purged = Retention(self._database).keep_for(self.settings.retention_days)
+        purged = Retention(self._database, self._streams.forget).keep_for(self.settings.retention_days)
         if purged.jobs or purged.batches or purged.conversations:
             log.info("purged %s", purged)
 

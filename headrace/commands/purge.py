@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -29,13 +30,19 @@ def purge(
     """
     from headrace import show
     from jobs.retention import Retention
+    from jobs.signals import Signals
+    from jobs.streams import Streams
 
     settings = connected_settings()
     seconds = None if older_than is None else _seconds(older_than)
     if seconds is None and not settings.retention_days:
         raise typer.BadParameter("is missing, and [retention_days] is empty", param_hint="--older-than")
-    with open_database(settings) as database:
-        retention = Retention(database)
+    with (
+        open_database(settings) as database,
+        closing(Signals(settings)) as signals,
+        closing(Streams(settings, signals)) as streams,
+    ):
+        retention = Retention(database, streams.forget)
         if seconds is not None:
             purged = retention.purge(seconds, tenant)
         else:
@@ -43,7 +50,7 @@ def purge(
     if as_json:
         show.emit({"purged": asdict(purged)})
     else:
-        typer.echo(f"{purged.jobs:,} jobs, {purged.batches:,} batches, {purged.conversations:,} conversations")
+        typer.echo(", ".join(f"{rows:,} {name}" for name, rows in asdict(purged).items()))
     return SUCCESS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from jobs.conversations import Conversation, Conversations
+from jobs.conversations import Conversation, Conversations, Item
 from jobs.errors import NotFound, RequestInvalid
 from jobs.ids import new_id
 from producer.gateway.errors import json_reply, not_found
@@ -23,7 +23,7 @@ router = APIRouter(tags=["conversations"])
 async def create(request: Request, visitor: Submitter) -> Response:
     """Begin a conversation."""
     body = await optional_json_object(request)
-    items, metadata = new_items(body.get("items")), metadata_of(body)
+    items, metadata = _screened(visitor, body), metadata_of(body)
     name = named(CONVERSATION, new_id())
     made = await in_thread(_of(visitor).create, visitor.tenant_id, name, metadata, items)
     return json_reply(conversation_object(made))
@@ -54,7 +54,7 @@ async def delete(name: str, visitor: Submitter) -> Response:
 @router.post("/v1/conversations/{name}/items")
 async def add(name: str, request: Request, visitor: Submitter) -> Response:
     """Put items behind what is there."""
-    items = new_items((await json_object(request)).get("items"))
+    items = _screened(visitor, await json_object(request))
     if not items:
         raise RequestInvalid("items", "is missing", "missing_required_parameter")
     await found_conversation(visitor, name)
@@ -116,3 +116,8 @@ def conversation_object(conversation: Conversation) -> dict[str, Any]:
         "created_at": unix(conversation.created_at),
         "metadata": conversation.metadata,
     }
+
+
+def _screened(visitor: Visitor, body: dict[str, Any]) -> list[Item]:
+    """They become part of prompts: the tenant's policy looks at them before they are stored."""
+    return visitor.producer.validator.screened(new_items(body.get("items")))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.conversations import Item
 from jobs.errors import ModelUnknown, RequestInvalid, SettingsError
 from jobs.schema import JobRequest
 from jobs.settings import Settings
@@ -76,6 +77,32 @@ def test_a_plain_prompt_is_looked_at_too() -> None:
     rules = policy(secrets={"pattern": "hunter[0-9]", "action": "redact"})
     found = rules.apply(JobRequest(model="echo", prompt="hunter2"))
     assert found.prompt == "[secrets]"
+
+
+def test_instructions_are_looked_at_as_the_systems_words() -> None:
+    """They are part of the prompt of a turn, and of its length."""
+    request = asked("hello").model_copy(update={"instructions": "use hunter2"})
+    found = policy(secrets={"pattern": "hunter[0-9]", "action": "redact"}).apply(request)
+    assert (found.instructions, said(found)) == ("use [secrets]", "hello")
+    assert policy(own={"pattern": "hunter", "action": "flag", "roles": ["user"]}).apply(request).findings == {}
+    with pytest.raises(RequestInvalid):
+        policy(long={"max_characters": 15, "action": "reject"}).apply(request)
+
+
+def test_items_put_into_a_conversation_by_hand_are_screened() -> None:
+    """They come into prompts later, and are looked at before they are stored."""
+    rules = {
+        "acme": {
+            "secrets": {"pattern": "hunter[0-9]", "action": "redact"},
+            "worse": {"pattern": "canary", "action": "reject"},
+        }
+    }
+    validator = Validator(Settings.load(policies=rules)).for_tenant("acme")
+    items = [Item("msg_1", "user", "hunter2"), Item("msg_2", "assistant", ODD)]
+    assert validator.screened(items) == [Item("msg_1", "user", "[secrets]"), items[1]]
+    assert validator.screened([]) == []
+    with pytest.raises(RequestInvalid):
+        validator.screened([Item("msg_1", "user", "canary")])
 
 
 def test_token_ids_do_not_pass_a_policy_unseen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 from uuid import UUID
 
@@ -9,12 +10,16 @@ import pytest
 
 from jobs import retention as retention_module
 from jobs.batches import Batches, Line, Rejection
+from jobs.conversations import Conversations, Item
 from jobs.database import Database
 from jobs.errors import NotFound
 from jobs.ids import new_id
 from jobs.retention import Purged, Retention
 from jobs.schema import JobError
+from jobs.settings import Settings
+from jobs.signals import Signals
 from jobs.store import Store
+from jobs.streams import BEGINNING, Piece, Streams
 from jobs.tables import metadata
 from kit.contract import Tables, Worker, accept, request_of, turn_of
 
@@ -176,3 +181,30 @@ def test_many_rows_go_in_steps(
     assert retention.purge(DAY) == Purged(jobs=3)
     assert left(tables) == stay
     assert retention.purge(0) == Purged(jobs=6)
+
+
+def test_items_put_in_by_hand_go_too(retention: Retention, database: Database, tables: Tables) -> None:
+    """Old ones; a conversation stays while something new is in it."""
+    conversations = Conversations(database)
+    conversations.create("local", "talk", {}, [Item("msg_1", "user", CANARY), Item("msg_2", "user", "new")])
+    aged = "UPDATE conversation_items SET created_at = now() - interval '2 days' WHERE id = 'msg_1'"
+    assert tables.execute(aged) == 1
+    assert tables.execute("UPDATE conversations SET created_at = now() - interval '2 days'") == 1
+    assert retention.purge(DAY) == Purged()
+    assert [item.id for item in conversations.items("local", "talk")] == ["msg_2"]
+    assert tables_with(tables, CANARY) == set()
+    assert retention.purge(0) == Purged(conversations=1)
+
+
+def test_pieces_of_streams_are_forgotten(
+    database: Database, store: Store, worker: Worker, tables: Tables, settings: Settings
+) -> None:
+    """What a job told in Redis goes with it; another job's stays."""
+    old = ended(store, worker, days=2, tables=tables)
+    new = ended(store, worker, tables=tables)
+    with closing(Signals(settings)) as signals, closing(Streams(settings, signals)) as streams:
+        piece = Piece("attempt", 0, 0, CANARY, 1)
+        assert streams.append([(old, piece), (new, piece)])
+        Retention(database, streams.forget).purge(DAY)
+        told = streams.read([(old, BEGINNING), (new, BEGINNING)])
+    assert [len(pieces) for _, pieces in told] == [0, 1]
