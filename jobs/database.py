@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import orjson
 import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
-from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, text
+from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, event, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -39,6 +39,9 @@ _CONNECT_ARGS: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+# A server that takes what it is sent and answers nothing is no fault that TCP can see. Longer than any statement that a
+# client of ours needs; a worker, whose rows wait for it, is less patient.
+_ANSWER_SECONDS = 30.0
 _SESSION = "-c idle_in_transaction_session_timeout=15s -c statement_timeout=60s -c timezone=UTC"
 _RELAXED = "synchronous_commit=off"
 _RELAX = text(f"SET LOCAL {_RELAXED}")
@@ -47,16 +50,21 @@ _RELAX = text(f"SET LOCAL {_RELAXED}")
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
 
+    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure.
+
     Relaxed commits do not wait for the disk. They are for what a crash of Postgres may undo harmlessly: claims (the
     token guards them), leases and bookkeeping of messages.
     """
 
-    def __init__(self, url: str, wait_seconds: float = 10.0, pool_size: int = 8) -> None:
+    def __init__(
+        self, url: str, wait_seconds: float = 10.0, pool_size: int = 8, answer_seconds: float = _ANSWER_SECONDS
+    ) -> None:
         self.url = url
         self.wait_seconds = wait_seconds
-        self._durable = _engine(url, _SESSION, wait_seconds, pool_size)
-        self._single = _engine(url, _SESSION, wait_seconds, pool_size, autocommit=True)
-        self._relaxed = _engine(url, f"{_SESSION} -c {_RELAXED}", wait_seconds, pool_size, autocommit=True)
+        make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, answer_seconds=answer_seconds)
+        self._durable = make(_SESSION)
+        self._single = make(_SESSION, autocommit=True)
+        self._relaxed = make(f"{_SESSION} -c {_RELAXED}", autocommit=True)
 
     def run(self, work: Callable[[Connection], T], *, relaxed: bool = False) -> T:
         """Run `work` in a transaction; again if the failure is transient. It may run more than once and must bear it.
@@ -112,8 +120,29 @@ class Database:
             engine.dispose()
 
 
-def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, autocommit: bool = False) -> Engine:
-    return create_engine(
+class _Connection(psycopg.Connection[Any]):
+    """One that does not wait for ever."""
+
+    answer_seconds = _ANSWER_SECONDS
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """As psycopg's, but bounded; then it is closed, for its answer may still come."""
+        try:
+            return super().wait(gen, interval, timeout or self.answer_seconds)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - the public API has no such bound
+            self.pgconn.finish()
+            raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} s") from None
+
+
+def _engine(
+    url: str, session: str, *, wait_seconds: float, pool_size: int, answer_seconds: float, autocommit: bool = False
+) -> Engine:
+    def connect(_dialect: Any, _record: Any, arguments: Sequence[Any], options: dict[str, Any]) -> _Connection:
+        connection = _Connection.connect(*arguments, **options)
+        connection.answer_seconds = answer_seconds
+        return connection
+
+    engine = create_engine(
         url,
         connect_args=_CONNECT_ARGS | {"options": session, "autocommit": autocommit},
         pool_size=pool_size,
@@ -124,6 +153,8 @@ def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, auto
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
     )
+    event.listen(engine, "do_connect", connect)
+    return engine
 
 
 def _transaction(engine: Engine, work: Callable[[Connection], T]) -> T:

@@ -24,7 +24,7 @@ from celery.exceptions import Ignore
 from celery.worker.control import Panel
 from kombu.entity import Exchange, Queue
 
-from jobs.dispatch import DRAIN, RUN_JOB, celery_app, queue_name
+from jobs.dispatch import DRAIN, PROVE, RUN_JOB, celery_app, proof_queue_name, queue_name
 from jobs.errors import NotFound
 from jobs.logs import set_up_logging
 from jobs.settings import Settings
@@ -32,6 +32,9 @@ from jobs.states import Lane
 from models.catalog import ModelSpec
 from workers import tasks
 from workers.host import Host
+from workers.loops import Loop
+from workers.proof import ConsumptionProof
+from workers.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -80,29 +83,71 @@ def _set_up_logging() -> None:
 def worker_app(settings: Settings, host: Host) -> Celery:
     """The Celery application whose tasks run on this host."""
     app = celery_app(settings)
-    app.conf.task_queues = [_queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+    app.conf.broker_transport = "workers.transport:Transport"
+    proofs = proof_queue_name(host.spec.name, host.worker_id)
+    # Proofs first: no backlog may hold them up.
+    names = [proofs, *(queue_name(host.spec.name, lane) for lane in (Lane.INTERACTIVE, Lane.BULK))]
+    app.conf.task_queues = [_queue(name) for name in names]
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
+
+    proof = _prove_consumption(app, host, proofs)
 
     @app.task(name=RUN_JOB, shared=False, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
     def run_job(job_id: str) -> str:
-        return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
+        with proof.task():
+            return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
 
     @app.task(name=DRAIN, shared=False)  # type: ignore[untyped-decorator]
     def drain(_: str) -> str:
-        return _or_ignore(lambda: f"{tasks.drain(host)} rows")
+        with proof.task():
+            return _or_ignore(lambda: f"{tasks.drain(host)} rows")
+
+    @app.task(name=PROVE, shared=False, send_events=False)  # type: ignore[untyped-decorator]
+    def prove() -> None:
+        with proof.task():
+            pass
 
     host.on_backlog = lambda: _drain_without_message(host)
     _end_our_way(app, host)
     _gather_events(app)
-    _keep_no_accounts(app)
     _cancel_on_revoke(host)
     return app
 
 
 def _queue(name: str) -> Queue:
-    # An exchange of its own: queues that share one, and its routing key, would each get the other's messages.
-    # Without acknowledgement: nothing rests on a message that a worker has popped (see `_keep_no_accounts`).
-    return Queue(name, Exchange(name, type="direct"), routing_key=name, no_ack=True)
+    # The nameless exchange delivers by queue name: it needs no binding in Redis, which a flush would lose and a worker
+    # that is gone would leave behind.
+    # Without acknowledgement: nothing rests on a message that a worker has popped (see `workers.transport`).
+    return Queue(name, Exchange(""), routing_key=name, no_ack=True)
+
+
+def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
+    """Once Celery runs, show at every heartbeat that it consumes, until the worker drains."""
+    current: list[Transport] = []  # that of the connection which Celery has now
+
+    def hang_up() -> None:
+        for transport in current:
+            transport.hang_up()
+
+    proof = ConsumptionProof(
+        send=lambda: not host.draining.is_set() and host.dispatcher.prove(queue),
+        hang_up=hang_up,
+        give_up=lambda: _in_background(lambda: _end(host)),
+        threads=host.slots + SPARE_THREADS,
+    )
+    loop = Loop("proof", host.settings.heartbeat_seconds, proof.run_once)
+
+    class Prove(bootsteps.StartStopStep):  # type: ignore[misc]
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, consumer: Any) -> None:
+            first = not current
+            current[:] = [consumer.connection.transport]
+            if first:
+                loop.start()
+
+    app.steps["consumer"].add(Prove)
+    return proof
 
 
 def _or_ignore(work: Any) -> str:
@@ -172,23 +217,6 @@ def _gather_events(app: Celery) -> None:
             self._timer.cancel()
 
     app.steps["consumer"].add(Gather)
-
-
-def _keep_no_accounts(app: Celery) -> None:
-    """What was popped is not written down in Redis until it is acknowledged, which is at once.
-
-    Such accounts bring a dead worker's messages back after minutes; the sweeper does in seconds. Measured: two round
-    trips and a third of the loop's work for each message, just while its job begins.
-    """
-
-    class NoAccounts(bootsteps.StartStopStep):  # type: ignore[misc]
-        requires = ("celery.worker.consumer.tasks:Tasks",)
-
-        def start(self, consumer: Any) -> None:
-            # Kombu's virtual transport asks for acknowledgements even of those who consume without.
-            consumer.task_consumer.channel.qos.ack = lambda _: None
-
-    app.steps["consumer"].add(NoAccounts)
 
 
 def _in_background(work: Callable[[], None]) -> None:

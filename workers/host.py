@@ -120,9 +120,13 @@ class Host:
         self.engine = EngineLink(socket_path, settings.engine_hang_seconds)
         self.format = load_prompt_format(spec)
         self._alive_path = alive_path
-        self._database = Database(settings.database_url, settings.store_wait_seconds, pool_size=8)
-        # Heartbeats have connections and patience of their own: no burst of claims may delay them.
-        self._pulse = Database(settings.database_url, settings.heartbeat_seconds, pool_size=2)
+        url, patience_seconds = settings.database_url, settings.store_wait_seconds
+        self._database = Database(url, patience_seconds, pool_size=8, answer_seconds=patience_seconds)
+        # Heartbeats have connections and patience of their own: no burst of claims may delay them, and one that gets no
+        # answer must leave time for another before the lease ends.
+        beat_seconds = settings.heartbeat_seconds
+        self._pulse = Database(url, beat_seconds, pool_size=1, answer_seconds=settings.lease_seconds / 3)
+        self._sweeping = Database(url, beat_seconds, pool_size=1, answer_seconds=patience_seconds)
         self.store = Store(self._database)
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
@@ -130,7 +134,7 @@ class Host:
         self.dispatcher = Dispatcher(settings, self.store.mark_published)
         self._signals = Signals(settings)
         self.committer = Committer(self.store, self._announce)
-        sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
+        sweeper = Sweeper(Store(self._sweeping), self.dispatcher, self._signals)
         self._loops = [
             Loop("heartbeat", settings.heartbeat_seconds, self.beat),
             Loop("lease-guard", settings.heartbeat_seconds / 5, self.guard_lease),
@@ -196,6 +200,7 @@ class Host:
         self._signals.close()
         self._database.close()
         self._pulse.close()
+        self._sweeping.close()
 
     def _say_goodbye(self, load: Load) -> None:
         try:

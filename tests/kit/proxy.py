@@ -186,8 +186,8 @@ class Proxy:
         self.accepted += 1
         try:
             await self._carry(reader, client)
-        except OSError:
-            pass  # either end was cut, or the server is not there
+        except (OSError, asyncio.CancelledError):
+            pass  # either end was cut, the server is not there, or the proxy ends
         finally:
             client.transport.abort()
             self._tasks.discard(task)

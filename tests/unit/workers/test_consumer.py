@@ -11,7 +11,7 @@ from celery import Celery
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
 
-from jobs.dispatch import DRAIN, RUN_JOB
+from jobs.dispatch import DRAIN, PROVE, RUN_JOB, proof_queue_name
 from jobs.errors import NotFound
 from jobs.ids import new_id
 from jobs.schema import JobRequest
@@ -37,11 +37,21 @@ def app(host: Any, revoked: object) -> Celery:
     return worker_app(host.settings, host.real())
 
 
-def test_interactive_jobs_and_bulk_have_queues_of_their_own(app: Celery) -> None:
-    """The interactive queue comes first, and no exchange leads to both."""
+def test_each_lane_has_a_queue_and_so_have_the_worker_s_own_proofs(app: Celery, host: Any) -> None:
+    """Proofs come first, so that no backlog delays them, then interactive jobs; none leaves a binding in Redis."""
     queues = app.conf.task_queues
-    assert [queue.name for queue in queues] == ["echo.interactive", "echo.bulk"]
-    assert [(queue.exchange.name, queue.routing_key) for queue in queues] == [(q.name, q.name) for q in queues]
+    assert [queue.name for queue in queues] == [
+        proof_queue_name("echo", host.worker_id),
+        "echo.interactive",
+        "echo.bulk",
+    ]
+    assert {(queue.exchange.name, queue.no_ack) for queue in queues} == {("", True)}
+
+
+def test_a_task_that_arrives_proves_that_messages_do(app: Celery, host: Any) -> None:
+    """The message that a worker sends to itself does nothing and shows up in no monitor."""
+    assert app.tasks[PROVE]() is None
+    assert app.tasks[PROVE].send_events is False
 
 
 def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery) -> None:
