@@ -42,7 +42,9 @@ _CONNECT_ARGS: dict[str, Any] = {
 # A server that takes what it is sent and answers nothing is no fault that TCP can see. Longer than any statement that a
 # client of ours needs; a worker, whose rows wait for it, is less patient.
 _ANSWER_SECONDS = 30.0
-_SESSION = "-c idle_in_transaction_session_timeout=15s -c statement_timeout=60s -c timezone=UTC"
+# The locks of a client that vanished in a transaction are held for as long.
+_IDLE_SECONDS = 10.0
+_SESSION = "-c statement_timeout=60s -c timezone=UTC"
 _RELAXED = "synchronous_commit=off"
 _RELAX = text(f"SET LOCAL {_RELAXED}")
 
@@ -50,21 +52,29 @@ _RELAX = text(f"SET LOCAL {_RELAXED}")
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
 
-    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure.
+    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure. Postgres
+    gives a client up that is silent for `idle_seconds` in a transaction.
 
     Relaxed commits do not wait for the disk. They are for what a crash of Postgres may undo harmlessly: claims (the
     token guards them), leases and bookkeeping of messages.
     """
 
     def __init__(
-        self, url: str, wait_seconds: float = 10.0, pool_size: int = 8, answer_seconds: float = _ANSWER_SECONDS
+        self,
+        url: str,
+        wait_seconds: float = 10.0,
+        pool_size: int = 8,
+        *,
+        answer_seconds: float = _ANSWER_SECONDS,
+        idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         self.url = url
         self.wait_seconds = wait_seconds
         make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, answer_seconds=answer_seconds)
-        self._durable = make(_SESSION)
-        self._single = make(_SESSION, autocommit=True)
-        self._relaxed = make(f"{_SESSION} -c {_RELAXED}", autocommit=True)
+        session = f"{_SESSION} -c idle_in_transaction_session_timeout={1000 * idle_seconds:.0f}"
+        self._durable = make(session)
+        self._single = make(session, autocommit=True)
+        self._relaxed = make(f"{session} -c {_RELAXED}", autocommit=True)
 
     def run(self, work: Callable[[Connection], T], *, relaxed: bool = False) -> T:
         """Run `work` in a transaction; again if the failure is transient. It may run more than once and must bear it.

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -122,19 +123,18 @@ def _queue(name: str) -> Queue:
 
 
 def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
-    """Once Celery runs, show at every heartbeat that it consumes, until the worker drains."""
+    """Once Celery runs, show at every heartbeat that it consumes, while it can and should."""
     current: list[Transport] = []  # that of the connection which Celery has now
+
+    def send() -> bool:
+        return host.can_take and not host.draining.is_set() and host.dispatcher.prove(queue)
 
     def hang_up() -> None:
         for transport in current:
             transport.hang_up()
 
-    proof = ConsumptionProof(
-        send=lambda: not host.draining.is_set() and host.dispatcher.prove(queue),
-        hang_up=hang_up,
-        give_up=lambda: _in_background(lambda: _end(host)),
-        threads=host.slots + SPARE_THREADS,
-    )
+    give_up = partial(_in_background, partial(_end, host))
+    proof = ConsumptionProof(send, hang_up, give_up, host.slots + SPARE_THREADS)
     loop = Loop("proof", host.settings.heartbeat_seconds, proof.run_once)
 
     class Prove(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -143,11 +143,21 @@ def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
         def start(self, consumer: Any) -> None:
             first = not current
             current[:] = [consumer.connection.transport]
+            fetch_while(lambda: host.can_take, consumer.task_consumer.channel.qos)
             if first:
                 loop.start()
 
     app.steps["consumer"].add(Prove)
     return proof
+
+
+def fetch_while(condition: Callable[[], bool], qos: Any) -> None:
+    """Leave messages in the queue for others while this worker can do nothing with them.
+
+    Measured: one that had lost Postgres, with Redis at hand, took half of what was sent again for its own rows.
+    """
+    has_free_thread = qos.can_consume
+    qos.can_consume = lambda: condition() and has_free_thread()
 
 
 def _or_ignore(work: Any) -> str:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from uuid import UUID, uuid4
@@ -122,11 +123,13 @@ class Host:
         self._alive_path = alive_path
         url, patience_seconds = settings.database_url, settings.store_wait_seconds
         self._database = Database(url, patience_seconds, pool_size=8, answer_seconds=patience_seconds)
-        # Heartbeats have connections and patience of their own: no burst of claims may delay them, and one that gets no
-        # answer must leave time for another before the lease ends.
-        beat_seconds = settings.heartbeat_seconds
-        self._pulse = Database(url, beat_seconds, pool_size=1, answer_seconds=settings.lease_seconds / 3)
-        self._sweeping = Database(url, beat_seconds, pool_size=1, answer_seconds=patience_seconds)
+        # Heartbeats and sweeps have connections and patience of their own: no burst of claims may delay them; one
+        # heartbeat that gets no answer must leave time for another before the lease ends; and if we freeze in the
+        # middle of either, the locks that others need in order to take over from us must not be held for long.
+        beat_seconds, third_seconds = settings.heartbeat_seconds, settings.lease_seconds / 3
+        own = partial(Database, url, beat_seconds, pool_size=1, idle_seconds=third_seconds)
+        self._pulse = own(answer_seconds=third_seconds)
+        self._sweeping = own(answer_seconds=patience_seconds)
         self.store = Store(self._database)
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
@@ -237,6 +240,11 @@ class Host:
             return
         self._lease_ends = asked_at + self.settings.lease_seconds
         self._obey(renewal)
+
+    @property
+    def can_take(self) -> bool:
+        """Whether a message is in good hands here: the lease runs, and the engine is there."""
+        return time.monotonic() < self._lease_ends and self.engine.ready.is_set()
 
     def guard_lease(self) -> None:
         """Stop our own rows before the lease ends if it could not be renewed: they will be somebody else's."""

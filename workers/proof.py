@@ -23,8 +23,8 @@ class ConsumptionProof:
 
     `send` puts a message into this worker's own queue, False if the broker did not take it. It counts only while a
     thread is free: with all of them busy nothing is fetched, and rightly so. Without proof for `PATIENCE_SECONDS` the
-    consumer's connections are ended (`hang_up`), so that it dials again and jobs run on; if that does not help in twice
-    the time, its process is (`give_up`). While the broker takes nothing there is nothing to prove.
+    consumer's connections are ended (`hang_up`), so that it dials again and jobs run on; if that does not help in the
+    same time, its process is (`give_up`). While the broker takes nothing there is nothing to prove.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ConsumptionProof:
         return 0.0 if asked_at is None else self._clock() - asked_at
 
     def _act(self, missing_seconds: float) -> None:
-        if missing_seconds > 3 * PATIENCE_SECONDS:
+        if missing_seconds > 2 * PATIENCE_SECONDS:
             log.error("no message has arrived for %.0f s; the consumer is started again", missing_seconds)
             self._give_up()
         elif missing_seconds > PATIENCE_SECONDS and not self._hung_up:

@@ -11,7 +11,6 @@ import redis
 from headrace.servers import Servers
 from jobs.schema import Job
 from jobs.states import Lane, State, WorkerState
-from jobs.store import Waiting
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
@@ -116,33 +115,6 @@ def test_no_accepted_job_is_lost_when_postgres_crashes(
     assert {job_id: fragile_system.producer.get(job_id) for job_id in first_read} == first_read
 
 
-def test_a_message_delivered_a_hundred_times_is_one_execution(
-    fragile_system: System, own_servers: Servers, worker: WorkerProcesses
-) -> None:
-    """Copies of a message, before the job runs, while it runs and after it has ended, change nothing."""
-    [job] = _submit(fragile_system, 1)
-    _deliver(fragile_system, job, 50)
-    done = fragile_system.wait(job.id)
-    _deliver(fragile_system, job, 50)
-    wait_until(lambda: _is_consumed(fragile_system), PATIENCE_SECONDS, "every copy was taken")
-    _assert_all_succeed(fragile_system, _submit(fragile_system, 1))
-
-    assert _executions(worker, [job]) == [1]
-    assert fragile_system.producer.get(job.id) == done
-    assert fragile_system.tables.outcomes(job.id) == ["succeeded"]
-
-
-def test_a_message_that_cannot_be_read_stops_no_job(
-    fragile_system: System, own_servers: Servers, worker: WorkerProcesses
-) -> None:
-    """Garbage in the queue may cost the consumer its life, but no job its result."""
-    jobs = [*_submit(fragile_system, 4), *_submit_bulk(fragile_system, 8)]
-    with redis.Redis.from_url(own_servers.broker_url) as client:
-        client.lpush(f"{fragile_system.settings.key_prefix}:slow.interactive", '{"body": "not the e')
-    jobs += _submit(fragile_system, 4)
-    _assert_all_succeed(fragile_system, jobs)
-
-
 # == helpers =====================================================================================================
 
 
@@ -173,12 +145,3 @@ def _executions(worker: WorkerProcesses, jobs: list[Job]) -> list[int]:
     """How often the engine began each job."""
     executed = [execution.job_id for execution in worker.executions()]
     return [executed.count(job.id) for job in jobs]
-
-
-def _deliver(system: System, job: Job, times: int) -> None:
-    copies = [Waiting(job.id, job.model, job.priority)] * times
-    assert system.producer.dispatcher.publish(copies, PATIENCE_SECONDS)
-
-
-def _is_consumed(system: System) -> bool:
-    return system.producer.dispatcher.depth("slow", Lane.INTERACTIVE, PATIENCE_SECONDS) == 0

@@ -68,7 +68,7 @@ _BROKEN = {
         UNION ALL
         SELECT job_id, 'has an attempt that was never closed' FROM attempts WHERE ended_at IS NULL
         UNION ALL
-        SELECT j.id, format('counts %s attempts and was charged %s', j.attempts, count(a.token))
+        SELECT j.id, 'counts ' || j.attempts || ' attempts and was charged ' || count(a.token)
         FROM jobs j LEFT JOIN attempts a ON a.job_id = j.id AND a.outcome IS DISTINCT FROM 'released'
         GROUP BY j.id HAVING count(a.token) <> j.attempts
     """,
@@ -121,7 +121,7 @@ class Witness:
     def violations(self) -> list[str]:
         """Everything that is not as promised, now that all should have ended."""
         tables = self._system.tables
-        broken = [f"{name}: {row[0]} {row[1]}" for name, sql in _BROKEN.items() for row in _rows(tables, sql)]
+        broken = broken_promises(tables)
         lost = self._accepted - {row[0] for row in _rows(tables, _JOBS)}
         broken += [f"I1 ends exactly once: {job_id} was accepted and is lost" for job_id in lost]
         self._look(tables)
@@ -158,6 +158,11 @@ class Witness:
         for job_id, digest in _rows(tables, _RESULTS):
             if self.first_read.setdefault(job_id, digest) != digest:
                 self._changed.add(job_id)
+
+
+def broken_promises(tables: Tables) -> list[str]:
+    """What the tables alone show."""
+    return [f"{name}: {row[0]} {row[1]}" for name, sql in _BROKEN.items() for row in _rows(tables, sql)]
 
 
 def check_output(output: Path, errors: Path, custom_ids: Iterable[str]) -> None:

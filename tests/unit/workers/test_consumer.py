@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.states import AttemptOutcome
 from kit.waiting import wait_until
-from workers.consumer import worker_app
+from workers.consumer import fetch_while, worker_app
 from workers.tasks import JobFailed
 
 PATIENCE_SECONDS = 10.0
@@ -113,6 +114,18 @@ def test_a_revoke_cancels_and_never_terminates(
         (ids, {"terminate": False, "signal": "SIGTERM"}),
         (str(known), {"terminate": False}),
     ]
+
+
+def test_messages_are_left_to_others_while_a_worker_can_do_nothing_with_them() -> None:
+    """It fetches when it can use what it gets, and a thread is free."""
+    able = free = True
+    qos = SimpleNamespace(can_consume=lambda: free)
+    fetch_while(lambda: able, qos)
+    assert qos.can_consume()
+    able = False
+    assert not qos.can_consume()
+    able, free = True, False
+    assert not qos.can_consume()
 
 
 def test_celerys_end_drains_the_host(app: Celery, host: Any) -> None:
