@@ -1,4 +1,4 @@
-"""The Celery process of a worker: `python -m workers.consumer --socket PATH --spec JSON [--alive PATH]`.
+"""The Celery process of a worker: `python -m workers.consumer --socket PATH --spec JSON [--health FOLDER]`.
 
 Claims, leases and results; I/O only. It ends with its supervisor, whose pipe is its standard input.
 """
@@ -32,6 +32,7 @@ from jobs.settings import Settings
 from jobs.states import Lane
 from models.catalog import ModelSpec
 from workers import tasks
+from workers.health import HealthFolder
 from workers.host import Host
 from workers.loops import Loop
 from workers.proof import ConsumptionProof
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     settings = Settings.load()
-    host = Host(settings, options.spec, options.socket, options.alive)
+    host = Host(settings, options.spec, options.socket, options.health)
     host.open()
     # What start-up made stays; the collector need not look through it again and again at thousands of jobs a second.
     gc.freeze()
@@ -135,6 +136,7 @@ def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
 
     give_up = partial(_in_background, partial(_end, host))
     proof = ConsumptionProof(send, hang_up, give_up, host.slots + SPARE_THREADS)
+    host.consumes = lambda: proof.consumes
     loop = Loop("proof", host.settings.heartbeat_seconds, proof.run_once)
 
     class Prove(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -265,8 +267,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers.consumer", description="Claim and settle jobs.")
     parser.add_argument("--socket", type=Path, required=True, help="where the engine listens")
     parser.add_argument("--spec", type=ModelSpec.model_validate_json, required=True, help="models.catalog.ModelSpec")
-    parser.add_argument("--alive", type=Path, help="file touched at every heartbeat")
+    parser.add_argument("--health", type=_health_folder, help="where it shows that it lives and is ready")
     return parser.parse_args(arguments)
+
+
+def _health_folder(path: str) -> HealthFolder:
+    return HealthFolder(Path(path))
 
 
 if __name__ == "__main__":

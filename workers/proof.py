@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # A message that the broker has taken comes back within milliseconds while a thread is free.
 PATIENCE_SECONDS = 5.0
+# Of a proof. Messages are sent at every heartbeat.
+_FRESH_SECONDS = 8.0
 
 
 class ConsumptionProof:
@@ -42,6 +44,7 @@ class ConsumptionProof:
         self._clock = clock
         self._lock = threading.Lock()
         self._busy = 0
+        self._proven_at = clock()
         self._asked_at: float | None = None  # the first message since the last proof
         self._hung_up = False
 
@@ -50,17 +53,19 @@ class ConsumptionProof:
         """A task has arrived, and holds a thread."""
         with self._lock:
             self._busy += 1
+            self._proven_at = self._clock()
             self._start_over()
         try:
             yield
         finally:
             with self._lock:
                 self._busy -= 1
+                self._proven_at = self._clock()
 
     @property
-    def overdue(self) -> bool:
-        """Whether a proof was missed: nothing seems to arrive."""
-        return self._missing_seconds() > PATIENCE_SECONDS
+    def consumes(self) -> bool:
+        """Whether messages arrive, as far as can be told; also False while the broker takes none."""
+        return self._busy >= self._threads or self._clock() - self._proven_at < _FRESH_SECONDS
 
     def run_once(self) -> None:
         """Ask for a proof; act if one is overdue."""

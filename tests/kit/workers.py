@@ -43,6 +43,7 @@ class WorkerProcesses:
 
     def __init__(self, seen_by: Settings, process: guard.Guarded, folder: Path, temporary: Path) -> None:
         self.log = folder / "log"
+        self.health = folder / "health"
         self._execution_log = folder / "executions"
         self._temporary = temporary
         self._process = process
@@ -69,7 +70,14 @@ class WorkerProcesses:
         temporary = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         own = {"HEADRACE_CONFIG": str(_write_config(folder, settings.models)), "TMPDIR": str(temporary)}
         own |= environment or {}
-        arguments = ["--model", model, "--execution-log", str(folder / "executions")]
+        arguments = [
+            "--model",
+            model,
+            "--execution-log",
+            str(folder / "executions"),
+            "--health",
+            str(folder / "health"),
+        ]
         with (folder / "log").open("ab") as log:
             process = guard.start(
                 [sys.executable, "-m", "workers.supervisor", *arguments],
@@ -110,6 +118,11 @@ class WorkerProcesses:
     def await_ready(self) -> Worker:
         """Wait until its lease runs and its engine answers; returns the lease."""
         return wait_until(self._ready, START_SECONDS, f"a worker that is ready; its log is {self.log}")
+
+    @property
+    def shows_ready(self) -> bool:
+        """Whether a probe would find it ready."""
+        return (self.health / "ready").exists()
 
     def executions(self) -> list[Execution]:
         """Every request that its engines began to compute, in order."""

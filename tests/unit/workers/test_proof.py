@@ -50,16 +50,16 @@ def test_a_worker_that_gets_its_messages_is_left_alone(broker: Broker) -> None:
     """Each message that comes back is a proof."""
     broker.run(60)
     assert broker.calls == []
-    assert not broker.proof.overdue
+    assert broker.proof.consumes
 
 
 def test_without_a_proof_it_dials_again_and_then_starts_again(broker: Broker) -> None:
     """First the gentle way, once, under which jobs run on; if it does not help, the other."""
     broker.delivers = False
     broker.run(PATIENCE_SECONDS + PERIOD_SECONDS)
-    assert broker.proof.overdue
     assert broker.calls == []
     broker.run(PERIOD_SECONDS)
+    assert not broker.proof.consumes
     assert broker.calls == ["hang up"]
     broker.run(PATIENCE_SECONDS)
     assert broker.calls == ["hang up", "give up"]
@@ -70,7 +70,7 @@ def test_any_task_that_arrives_is_a_proof(broker: Broker) -> None:
     broker.delivers = False
     broker.run(PATIENCE_SECONDS + PERIOD_SECONDS)
     with broker.proof.task():
-        assert not broker.proof.overdue
+        assert broker.proof.consumes
     broker.run(PATIENCE_SECONDS)
     assert broker.calls == []
 
@@ -83,6 +83,7 @@ def test_a_worker_with_every_thread_busy_for_a_minute_is_left_alone(broker: Brok
             tasks.enter_context(broker.proof.task())
         broker.run(60)
         assert broker.calls == []
+        assert broker.proof.consumes
     broker.run(PATIENCE_SECONDS)
     assert broker.calls == []
     broker.run(2 * PERIOD_SECONDS)
@@ -96,3 +97,7 @@ def test_while_the_broker_takes_nothing_there_is_nothing_to_prove(broker: Broker
     broker.takes = False
     broker.run(60)
     assert broker.calls == []
+    assert not broker.proof.consumes
+    broker.takes = broker.delivers = True
+    broker.run(PERIOD_SECONDS)
+    assert broker.proof.consumes
