@@ -1,84 +1,98 @@
-"""I8: a worker is not ready within ten seconds of a cause, and ready within ten seconds of its cure."""
+"""I8: a worker is not ready within ten seconds of a cause, and ready within ten seconds of its cure.
+
+The scenarios run at once, each with a worker of its own behind proxies of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
 
-from jobs.settings import Settings
+from kit.proxied import DEFAULTS, Behind, Scenario, side_by_side
 from kit.proxy import Proxy
 from kit.recovery import Recovery
-from kit.systems import PATIENCE_SECONDS, System
-from kit.waiting import wait_until
-from kit.workers import WorkerProcesses
-
-DEFAULTS = {name: Settings.model_fields[name].default for name in ("lease_seconds", "heartbeat_seconds")}
+from kit.systems import System
 
 
-@pytest.fixture(scope="module")
-def behind(new_system: Callable[..., System]) -> Iterator[tuple[WorkerProcesses, Proxy, Proxy]]:
-    """A worker that reaches Redis and Postgres through proxies."""
-    system = new_system(**DEFAULTS)
-    broker_url, database_url = str(system.settings.broker_url), str(system.settings.database_url)
-    with Proxy.before(broker_url) as broker, Proxy.before(database_url) as database:
-        worker = system.start("slow", broker_url=broker.url(broker_url), database_url=database.url(database_url))
-        yield worker, broker, database
-        worker.close()
+def readiness_follows_redis(behind: Behind) -> None:
+    """Without it no message arrives."""
+    _follows(behind, "Redis", behind.broker)
 
 
-@pytest.mark.parametrize("server", ["Redis", "Postgres"])
-def test_readiness_follows_the_servers(behind: tuple[WorkerProcesses, Proxy, Proxy], server: str) -> None:
-    """Without Postgres it cannot claim, without Redis no message arrives; with both it is ready again."""
-    worker, broker, database = behind
-    proxy = broker if server == "Redis" else database
-    _await_ready(worker)
+def readiness_follows_postgres(behind: Behind) -> None:
+    """Without it nothing can be claimed."""
+    _follows(behind, "Postgres", behind.database)
+
+
+def readiness_follows_the_processes(behind: Behind) -> None:
+    """One that is killed makes the worker unready at once, and ready again when its successor works."""
+    for process in ("engine", "consumer"):
+        behind.await_shows_ready()
+        with Recovery(f"the {process} killed, until not ready", within_seconds=10):
+            getattr(behind.worker, process).kill()
+            behind.await_shows_unready()
+        with Recovery(f"the {process} killed, until ready", within_seconds=10):
+            behind.await_shows_ready()
+
+
+def a_frozen_consumer_is_neither_ready_nor_alive(behind: Behind) -> None:
+    """It cannot say so itself: the supervisor does, and the file of its life gets no younger."""
+    behind.await_shows_ready()
+    consumer, alive = behind.worker.consumer, behind.worker.health / "consumer"
+    with Recovery("a frozen consumer, until not ready", within_seconds=10 + DEFAULTS["heartbeat_seconds"]):
+        consumer.suspend()
+        frozen_at = alive.stat().st_mtime
+        behind.await_shows_unready()
+    assert alive.stat().st_mtime == frozen_at
+    assert (behind.worker.health / "supervisor").stat().st_mtime > frozen_at + DEFAULTS["heartbeat_seconds"]
+    consumer.resume()
+    with Recovery("a frozen consumer that thaws, until ready", within_seconds=10):
+        behind.await_shows_ready()
+
+
+def a_worker_that_drains_is_not_ready_and_leaves_nothing_behind(behind: Behind) -> None:
+    """The folder is empty when it has ended."""
+    behind.await_shows_ready()
+    behind.worker.begin_stop()
+    assert behind.worker.wait() == 0
+    assert list(behind.worker.health.iterdir()) == []
+
+
+# == helpers =====================================================================================================
+
+
+def _follows(behind: Behind, server: str, proxy: Proxy) -> None:
+    behind.await_shows_ready()
     with Recovery(f"{server} away, until not ready", within_seconds=10):
         proxy.refuse()
         proxy.cut()
-        wait_until(lambda: not worker.shows_ready, PATIENCE_SECONDS, "it is not ready")
+        behind.await_shows_unready()
     with Recovery(f"{server} back, until ready", within_seconds=10):
         proxy.accept()
-        _await_ready(worker)
+        behind.await_shows_ready()
 
 
-@pytest.mark.parametrize("process", ["engine", "consumer"])
-def test_readiness_follows_the_processes(behind: tuple[WorkerProcesses, Proxy, Proxy], process: str) -> None:
-    """One that is killed makes the worker unready at once, and ready again when its successor works."""
-    worker = behind[0]
-    _await_ready(worker)
-    with Recovery(f"the {process} killed, until not ready", within_seconds=10):
-        getattr(worker, process).kill()
-        wait_until(lambda: not worker.shows_ready, PATIENCE_SECONDS, "it is not ready")
-    with Recovery(f"the {process} killed, until ready", within_seconds=10):
-        _await_ready(worker)
+# == all at once =================================================================================================
+
+SCENARIOS: list[Scenario] = [
+    readiness_follows_redis,
+    readiness_follows_postgres,
+    readiness_follows_the_processes,
+    a_frozen_consumer_is_neither_ready_nor_alive,
+    a_worker_that_drains_is_not_ready_and_leaves_nothing_behind,
+]
 
 
-def test_a_frozen_consumer_is_neither_ready_nor_alive(behind: tuple[WorkerProcesses, Proxy, Proxy]) -> None:
-    """It cannot say so itself: the supervisor does, and the file of its life gets no younger."""
-    worker = behind[0]
-    _await_ready(worker)
-    consumer, before = worker.consumer, (worker.health / "consumer").stat().st_mtime
-    with Recovery("a frozen consumer, until not ready", within_seconds=15):
-        consumer.suspend()
-        wait_until(lambda: not worker.shows_ready, PATIENCE_SECONDS, "it is not ready")
-    assert (worker.health / "consumer").stat().st_mtime - before < DEFAULTS["heartbeat_seconds"] * 2
-    assert (worker.health / "supervisor").stat().st_mtime > (worker.health / "consumer").stat().st_mtime
-    consumer.resume()
-    with Recovery("a frozen consumer that thaws, until ready", within_seconds=10):
-        _await_ready(worker)
+@pytest.fixture(scope="module")
+def outcomes(new_system: Callable[..., System]) -> Iterator[dict[str, Future[None]]]:
+    """How each scenario came out."""
+    with side_by_side(SCENARIOS, new_system) as outcomes:
+        yield outcomes
 
 
-def test_a_worker_that_drains_is_not_ready_and_leaves_nothing_behind(
-    behind: tuple[WorkerProcesses, Proxy, Proxy],
-) -> None:
-    """The last test here: it stops the worker."""
-    worker = behind[0]
-    _await_ready(worker)
-    worker.begin_stop()
-    assert worker.wait() == 0
-    assert list(worker.health.iterdir()) == []
-
-
-def _await_ready(worker: WorkerProcesses) -> None:
-    wait_until(lambda: worker.shows_ready, PATIENCE_SECONDS, "the worker is ready")
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_readiness(outcomes: dict[str, Future[None]], scenario: str) -> None:
+    """What the scenario's own sentence says."""
+    outcomes[scenario].result()

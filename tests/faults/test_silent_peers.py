@@ -1,14 +1,15 @@
-"""Peers that keep their connections and answer nothing, and what is lost on the way: a worker behind proxies.
+"""Peers that keep their connections and answer nothing, and what is lost on the way.
 
-Each test measures from the fault on, with the settings that a worker has by default.
+Scenarios mostly wait, so all of them run at once, each with a worker of its own behind proxies of its own, and with the
+settings that a worker has by default. Each measures from its fault on.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 
 import pytest
 from sqlalchemy import Connection, text
@@ -17,65 +18,19 @@ from jobs.database import Database
 from jobs.dispatch import celery_app
 from jobs.errors import StoreUnavailable
 from jobs.schema import Job
-from jobs.settings import Settings
 from jobs.states import Lane, State
 from kit.invariants import Witness
-from kit.proxy import Proxy
+from kit.proxied import PROMPT, Behind, Scenario, side_by_side
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 from producer.client import Producer
 
-PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
 THREADS = 4 + 8
-DEFAULTS = {
-    name: Settings.model_fields[name].default for name in ("lease_seconds", "heartbeat_seconds", "sweep_seconds")
-}
 
 
-@dataclass(frozen=True)
-class Behind:
-    """A system whose one worker reaches both servers through proxies; its producer reaches them directly."""
-
-    system: System
-    worker: WorkerProcesses
-    broker: Proxy
-    database: Proxy
-
-    def submit(self, count: int = 1, prompt: str = PROMPT) -> list[Job]:
-        return [self.system.producer.submit(model="slow", prompt=prompt) for _ in range(count)]
-
-    def await_success(self, jobs: list[Job]) -> None:
-        assert {self.system.wait(job.id).state for job in jobs} == {State.SUCCEEDED}
-
-    def heal(self) -> None:
-        self.broker.heal()
-        self.database.heal()
-
-
-@pytest.fixture(scope="module")
-def proxied(new_system: Callable[..., System]) -> Iterator[Behind]:
-    """One for all tests here, which mends itself."""
-    system = new_system(**DEFAULTS)
-    urls = system.settings.broker_url, system.settings.database_url
-    assert urls[0] is not None
-    assert urls[1] is not None
-    with Proxy.before(urls[0]) as broker, Proxy.before(urls[1]) as database:
-        worker = system.start("slow", broker_url=broker.url(urls[0]), database_url=database.url(urls[1]))
-        yield Behind(system, worker, broker, database)
-        worker.close()
-
-
-@pytest.fixture
-def behind(proxied: Behind) -> Iterator[Behind]:
-    """The same, consuming, without a fault before and after."""
-    proxied.await_success(proxied.submit())
-    yield proxied
-    proxied.heal()
-
-
-def test_a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Behind) -> None:
+def a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Behind) -> None:
     """What was popped into the void is sent again; what runs meanwhile runs on, under the same lease."""
     identity, consumer = behind.worker.await_ready().id, behind.worker.consumer
     with Witness(behind.system) as witness:
@@ -92,7 +47,7 @@ def test_a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Beh
     assert (behind.worker.await_ready().id, behind.worker.consumer) == (identity, consumer)
 
 
-def test_a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind) -> None:
+def a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind) -> None:
     """Redis has handed it out, nobody got it: the row is queued, and its queue is empty."""
     with Recovery("a message lost on the wire", within_seconds=30):
         behind.broker.blackhole("down")
@@ -103,7 +58,7 @@ def test_a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind)
     assert behind.system.tables.outcomes(job.id) == ["succeeded"]
 
 
-def test_a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_same_engine(behind: Behind) -> None:
+def a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_same_engine(behind: Behind) -> None:
     """Lease and engine are well, the connection too, and nothing arrives: only the proof tells."""
     consumer, engine = behind.worker.consumer, behind.worker.engine
     with Recovery("a consumer that stopped consuming", within_seconds=30):
@@ -114,12 +69,11 @@ def test_a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_s
     assert behind.worker.engine == engine
 
 
-def test_jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere(behind: Behind) -> None:
+def jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere(behind: Behind) -> None:
     """Its lease ends, others take its rows over; when Postgres answers again it comes back as a new worker."""
     identity = behind.worker.await_ready().id
     with Witness(behind.system) as witness:
-        jobs = behind.submit(3, PROMPT * 3)
-        wait_until(lambda: behind.worker.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "they run")
+        jobs = behind.begun(3, PROMPT * 20)  # for as long as another worker takes to start
         with _another(behind.system) as other:
             with Recovery("a silent Postgres", within_seconds=20):
                 behind.database.silence()
@@ -134,12 +88,11 @@ def test_jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere(behind: Behin
     assert behind.worker.await_ready().id != identity
 
 
-def test_a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_lease_ends(behind: Behind) -> None:
+def a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_lease_ends(behind: Behind) -> None:
     """As when a device in between forgets them: no attempt is lost, the lease stays."""
     identity = behind.worker.await_ready().id
     with Witness(behind.system) as witness:
-        jobs = behind.submit(3)
-        wait_until(lambda: behind.worker.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "they run")
+        jobs = behind.begun(3)
         with Recovery("silent connections to Postgres", within_seconds=20):
             behind.database.silence(new_too=False)
             behind.await_success(jobs)
@@ -149,7 +102,7 @@ def test_a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_
     assert behind.worker.await_ready().id == identity
 
 
-def test_a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only(behind: Behind) -> None:
+def a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only(behind: Behind) -> None:
     """Postgres ends a session that idles in a transaction; whoever waits for its row goes on."""
     # All threads have work, so that the job stays queued.
     busy = behind.submit(THREADS, PROMPT * 2)
@@ -162,7 +115,7 @@ def test_a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only(be
     behind.await_success(busy)
 
 
-def test_a_reply_lost_after_the_commit_doubles_nothing(behind: Behind) -> None:
+def a_reply_lost_after_the_commit_doubles_nothing(behind: Behind) -> None:
     """Claims, ends and submits whose replies are lost are read back by token and id: 500 jobs, each once."""
     settings = behind.system.settings
     url = behind.database.url(str(settings.database_url))
@@ -236,3 +189,29 @@ def _cancels(system: System, job: Job) -> bool:
     with suppress(StoreUnavailable):
         return system.producer.cancel(job.id).state is State.CANCELLED
     return False
+
+
+# == all at once ==================================================================================================
+
+SCENARIOS: list[Scenario] = [
+    a_worker_whose_redis_connections_fell_silent_consumes_again,
+    a_popped_message_that_is_lost_on_the_wire_is_sent_again,
+    a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_same_engine,
+    jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere,
+    a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_lease_ends,
+    a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only,
+    a_reply_lost_after_the_commit_doubles_nothing,
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(new_system: Callable[..., System]) -> Iterator[dict[str, Future[None]]]:
+    """How each scenario came out."""
+    with side_by_side(SCENARIOS, new_system) as outcomes:
+        yield outcomes
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_recovery(outcomes: dict[str, Future[None]], scenario: str) -> None:
+    """What the scenario's own sentence says."""
+    outcomes[scenario].result()
