@@ -134,7 +134,7 @@ def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
         for transport in current:
             transport.hang_up()
 
-    give_up = partial(_in_background, partial(_end, host))
+    give_up = partial(_in_background, partial(_end_at_once, host))
     proof = ConsumptionProof(send, hang_up, give_up, host.slots + SPARE_THREADS)
     host.consumes = lambda: proof.consumes
     loop = Loop("proof", host.settings.heartbeat_seconds, proof.run_once)
@@ -208,6 +208,12 @@ def _end(host: Host) -> None:
     time.sleep(_CELERY_END_SECONDS)
     log.warning("Celery does not come to its end; this process ends without it")
     os._exit(0)
+
+
+def _end_at_once(host: Host) -> None:
+    """What runs ends or is given back; Celery, which does not hear, is not waited for. The supervisor starts another."""
+    host.close()
+    os._exit(1)
 
 
 def _gather_events(app: Celery) -> None:

@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(
     system: System, source: Path, tmp_path: Path, kills: int
 ) -> None:
-    """Each line once in output or errors, no half-written file under its final name at any time, nothing billed twice."""
+    """Each line once in output or errors, no half-written file under its final name, nothing billed twice."""
     system.start("wide", lease_seconds=10.0)
     chance, output = random.Random(4), tmp_path / "out.jsonl"
     with Witness(system) as witness:
