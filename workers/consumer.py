@@ -211,7 +211,7 @@ def _end(host: Host) -> None:
 
 
 def _end_at_once(host: Host) -> None:
-    """What runs ends or is given back; Celery, which does not hear, is not waited for. The supervisor starts another."""
+    """What runs ends or is given back; Celery does not hear, and is not waited for. The supervisor starts another."""
     host.close()
     os._exit(1)
 

@@ -168,7 +168,7 @@ class Supervisor:
         try:
             while not self._stopping.wait(_POLL_SECONDS):
                 self._health.alive("supervisor")
-                self.engine.keep()
+                self._keep_engine()
                 if self.consumer.keep():
                     self._pulse.forget()
                 if not self.consumer.running or self._pulse.silent_seconds > self._settings.lease_seconds:
@@ -186,9 +186,15 @@ class Supervisor:
         """Drain and end. Safe in a signal handler."""
         self._stopping.set()
 
+    def _keep_engine(self) -> None:
+        if self.engine.keep():
+            self._socket.unlink(missing_ok=True)  # of the one before
+        # It listens once its model is loaded. One that served, and died of a job, need not be waited for.
+        elif self._socket.exists():
+            self._engine_came_up = True
+            self.engine.young_deaths = 0
+
     def _engine_never_comes_up(self) -> bool:
-        # It listens once its model is loaded.
-        self._engine_came_up = self._engine_came_up or self._socket.exists()
         return not self._engine_came_up and self.engine.young_deaths >= _QUICK_DEATHS
 
     def _check_pulse(self) -> None:
