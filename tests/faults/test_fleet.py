@@ -69,6 +69,18 @@ def test_a_worker_whose_clock_is_wrong_doubles_and_delays_nothing(system: System
     assert system.tables.value("SELECT count(*) FROM workers WHERE state = 'dead'") == 0
 
 
+def test_a_load_that_comes_again_takes_no_more_memory(system: System) -> None:
+    """I9: after the third identical load a worker's processes hold at most a tenth more than after the second."""
+    worker = system.start("echo", lease_seconds=10.0)
+    held: list[int] = []
+    for _ in range(3):
+        jobs = system.producer.submit_many({"model": "echo", "prompt": PROMPT * 10} for _ in range(2000))
+        jobs += [system.producer.submit(model="echo", prompt=PROMPT * 10) for _ in range(200)]
+        system.await_all_ended()
+        held.append(sum(process.memory_info().rss for process in worker.members()))
+    assert held[2] <= 1.1 * held[1], f"bytes after each load: {held}"
+
+
 @pytest.fixture
 def fragile(fragile_servers: Servers, fragile_template: str, tmp_path: Path) -> Iterator[System]:
     """A system on servers that may be stopped."""
