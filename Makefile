@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .SUFFIXES:
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-quick test-clients check format bench bench-engine bench-peers docs constraints clean
+.PHONY: help install run test test-quick test-clients soak check format bench bench-engine bench-peers docs constraints clean
 
 help: ## this list
 	@echo "Headrace: queue-driven, asynchronous inference for open-weight language models"
@@ -29,6 +29,9 @@ test-quick: $(VENV)/.installed-test ## only tests/unit, which need no server
 test-clients: $(VENV)/.installed-test ## the gateway with OpenAI's client for Node, which this brings into .clients
 	npm install --silent --no-audit --no-fund --prefix .clients openai@6
 	$(BIN)/python -m pytest tests/acceptance/gateway/test_node_client.py $(ARGS)
+
+soak: $(VENV)/.installed-test ## faults against a loaded system (SOAK_SECONDS=600, SOAK_SEED=)
+	PYTHONPATH=.:tests $(BIN)/python -m kit.soak --seconds $(or $(SOAK_SECONDS),600) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 check: $(VENV)/.installed-check ## lint, format and types; changes nothing
 	$(BIN)/python -m ruff check

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from headrace.commands import bulk, deployment, jobs, keys, purge, stack
+from headrace.commands import bulk, deployment, health, jobs, keys, purge, stack
 from headrace.commands.common import FAILURE, INTERRUPTED, USAGE
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -26,6 +26,7 @@ app = typer.Typer(
 bulk.register(app)
 stack.register(app)
 jobs.register(app)
+health.register(app)
 deployment.register(app)
 keys.register(app)
 purge.register(app)

@@ -21,6 +21,8 @@ from jobs.states import State
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from headrace.doctor import Finding
+    from jobs.failures import DeadLetter
     from jobs.keys import KeyRecord
     from jobs.leases import Worker
     from jobs.schema import Job
@@ -183,6 +185,26 @@ def keys(many: Sequence[KeyRecord]) -> None:
     out().print(table if many else "no keys")
 
 
+def dead_letters(many: Sequence[DeadLetter]) -> None:
+    """A line for each job that failed, and below it why."""
+    table = _table("id", "model", "attempts", "age", "worker")
+    for one in many:
+        worker = "" if one.host is None else f"{one.host}, pid {one.pid}"
+        columns = [str(one.attempts), ago(one.finished_at), worker]
+        table.add_row(str(one.id), Text(one.model, overflow="ellipsis"), *columns)
+        table.add_row(Text(f"  {one.code}: {one.message}", style="red", overflow="ellipsis"))
+    out().print(table if many else "no failed jobs")
+
+
+def findings(many: Sequence[Finding]) -> None:
+    """A line for each thing that was looked at, and below what is wrong what to do."""
+    for one in many:
+        mark = Text("ok   ", style="green") if one.well else Text("WRONG", style="red")
+        out().print(Text.assemble(mark, f"  {one.about}: {one.says}"), soft_wrap=True)
+        if one.advice:
+            out().print(Text(f"       {one.advice}"), soft_wrap=True)
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +235,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-_NUMBERS = {"age", "took", "running", "slots", "busy", "pid", "up", "tokens/min"}
+_NUMBERS = {"attempts", "age", "took", "running", "slots", "busy", "pid", "up", "tokens/min"}
 
 
 def state_text(state: State) -> Text:

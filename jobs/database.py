@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self, TypeAlias, TypeVar
 
 import orjson
 import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
-from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, text
+from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -47,7 +47,12 @@ _CONNECT_ARGS: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
-_SESSION = "-c idle_in_transaction_session_timeout=15s -c statement_timeout=60s -c timezone=UTC"
+# A server that takes what it is sent and answers nothing is no fault that TCP can see. Longer than any statement that a
+# client of ours needs; a worker, whose rows wait for it, is less patient.
+_ANSWER_SECONDS = 30.0
+# The locks of a client that vanished in a transaction are held for as long.
+_IDLE_SECONDS = 10.0
+_SESSION = "-c statement_timeout=60s -c timezone=UTC"
 _RELAXED = "synchronous_commit=off"
 _RELAX = text(f"SET LOCAL {_RELAXED}")
 
@@ -72,21 +77,33 @@ _NOBODY = _Tenant()
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
 
+    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure. Postgres
+    gives a client up that is silent for `idle_seconds` in a transaction.
+
     Relaxed commits do not wait for the disk. They are for what a crash of Postgres may undo harmlessly: claims (the
     token guards them), leases and bookkeeping of messages.
     """
 
     def __init__(
-        self, url: str, wait_seconds: float = 10.0, pool_size: int = 8, *, signer: Signer | None = None
+        self,
+        url: str,
+        wait_seconds: float = 10.0,
+        pool_size: int = 8,
+        *,
+        signer: Signer | None = None,
+        answer_seconds: float = _ANSWER_SECONDS,
+        idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         """`signer` proves for which tenant a statement is, to a Postgres that asks."""
         self.url = url
         self._signer = signer
         self._tenant = _NOBODY
         self.wait_seconds = wait_seconds
-        self._durable = _engine(url, _SESSION, wait_seconds, pool_size)
-        self._single = _engine(url, _SESSION, wait_seconds, pool_size, autocommit=True)
-        self._relaxed = _engine(url, f"{_SESSION} -c {_RELAXED}", wait_seconds, pool_size, autocommit=True)
+        make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, answer_seconds=answer_seconds)
+        session = f"{_SESSION} -c idle_in_transaction_session_timeout={1000 * idle_seconds:.0f}"
+        self._durable = make(session)
+        self._single = make(session, autocommit=True)
+        self._relaxed = make(f"{session} -c {_RELAXED}", autocommit=True)
 
     def as_tenant(self, tenant_id: str) -> Self:
         """The same connections, on behalf of this tenant alone."""
@@ -151,8 +168,29 @@ class Database:
             engine.dispose()
 
 
-def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, autocommit: bool = False) -> Engine:
-    return create_engine(
+class _Connection(psycopg.Connection[Any]):
+    """One that does not wait for ever."""
+
+    answer_seconds = _ANSWER_SECONDS
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """As psycopg's, but bounded; then it is closed, for its answer may still come."""
+        try:
+            return super().wait(gen, interval, timeout or self.answer_seconds)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - the public API has no such bound
+            self.pgconn.finish()
+            raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} s") from None
+
+
+def _engine(
+    url: str, session: str, *, wait_seconds: float, pool_size: int, answer_seconds: float, autocommit: bool = False
+) -> Engine:
+    def connect(_dialect: Any, _record: Any, arguments: Sequence[Any], options: dict[str, Any]) -> _Connection:
+        connection = _Connection.connect(*arguments, **options)
+        connection.answer_seconds = answer_seconds
+        return connection
+
+    engine = create_engine(
         url,
         connect_args=_CONNECT_ARGS | {"options": session, "autocommit": autocommit},
         pool_size=pool_size,
@@ -164,6 +202,8 @@ def _engine(url: str, session: str, wait_seconds: float, pool_size: int, *, auto
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
     )
+    event.listen(engine, "do_connect", connect)
+    return engine
 
 
 @contextmanager

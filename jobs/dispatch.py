@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import redis
 from celery import Celery
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 RUN_JOB = "headrace.run_job"
 DRAIN = "headrace.drain"
 REVOKE = "revoke"
+PROVE = "headrace.prove"
 
 # After a broker failure nobody waits for it again for this long; the sweeper publishes what was left.
 _BREAK_SECONDS = 2.0
@@ -46,6 +48,8 @@ _UNREACHABLE = (OSError, OperationalError, redis.RedisError)
 # That a message went out is noted this much later, for all that went out meanwhile: most rows have started by then and
 # need no note, and none is written to while its worker claims it. Less than `REPUBLISH_SECONDS`.
 _NOTE_SECONDS = 0.5
+# A worker's queue of messages to itself goes this long after the last one.
+_PROOFS_KEPT_SECONDS = 60
 # Kombu's Redis transport folds priorities 0-9 into these steps, each a list of its own.
 _PRIORITY_STEPS = [0, 3, 6, 9]
 
@@ -59,7 +63,7 @@ def celery_app(settings: Settings) -> Celery:
     """The Celery application that producers send with and workers run; nothing but JSON passes.
 
     Timeouts are short because a silent peer is found by them alone (measured: a worker with Celery's defaults does
-    not consume again within 120 s, with these after 28 s).
+    not consume again within 120 s, with these after 7 s).
     """
     app = Celery("headrace", broker=settings.broker_url, set_as_current=False, control=_control(signer_of(settings)))
     app.conf.update(
@@ -82,10 +86,10 @@ def celery_app(settings: Settings) -> Celery:
             "global_keyprefix": f"{settings.key_prefix}:",
             "queue_order_strategy": "priority",
             "priority_steps": _PRIORITY_STEPS,
-            "socket_timeout": 5,
+            "socket_timeout": 2,
             "socket_connect_timeout": 2,
             "socket_keepalive": True,
-            "health_check_interval": 5,
+            "health_check_interval": 2,
             "visibility_timeout": 300,
         },
     )
@@ -115,6 +119,11 @@ def revoked_text(task_id: Any) -> str:
     return " ".join(map(str, task_id)) if isinstance(task_id, list | tuple) else str(task_id)
 
 
+def proof_queue_name(model: str, worker_id: UUID) -> str:
+    """The queue of what one worker sends to itself."""
+    return f"{model}.proof-{worker_id.hex[-12:]}"
+
+
 class Dispatcher:
     """Sends messages from one thread of its own, so that a silent broker costs its caller a bounded wait."""
 
@@ -141,6 +150,10 @@ class Dispatcher:
         """Say that the model's route has bulk rows."""
         queue = queue_name(model, Lane.BULK)
         return self._bounded(lambda: self._send(DRAIN, model, str(new_id()), queue), wait_seconds)
+
+    def prove(self, queue: str) -> bool:
+        """Send a worker a message that asks for nothing, in a queue that goes when nobody sends any more."""
+        return self._bounded(lambda: self._send_proof(queue), None)
 
     def depth(self, model: str, lane: Lane, wait_seconds: float | None = None) -> int | None:
         """Messages in a queue; None if the broker did not say."""
@@ -219,6 +232,10 @@ class Dispatcher:
             priority=priority,
             **message.properties,
         )
+
+    def _send_proof(self, queue: str) -> None:
+        self._send(PROVE, queue, str(new_id()), queue)
+        self._open().channel.client.pexpire(queue, 1000 * _PROOFS_KEPT_SECONDS)
 
     def _depth(self, queue: str) -> int:
         # The AMQP way, a passive declare, raises on a Redis queue that is empty.

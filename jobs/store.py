@@ -26,6 +26,8 @@ REPUBLISH_SECONDS = 2.0
 # A message is taken for lost when one that was sent this much later, in the same lane and priority, has started.
 OVERTAKEN_SECONDS = 10.0
 SWEEP_ROWS = 1000
+# Why a job was given back that may have been the end of its engine. It is found again when it is claimed.
+SUSPECT = "its engine died while others ran too; it runs alone next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Claim:
     turn: int | None
     metered: bool  # whether it has reserved tokens of a key's quota
     request: JobRequest
+    suspect: bool = False  # an engine died under it and others, and one of them is to blame
 
     def log_context(self) -> dict[str, str]:
         """What every log line about this job carries."""
@@ -212,7 +215,7 @@ class Store:
         return self._claim(_CLAIM_BULK, worker_id, tokens, model=model, limit=len(tokens))
 
     def _claim(self, statement: TextClause, worker_id: UUID, tokens: Sequence[UUID], **which: Any) -> list[Claim]:
-        fields = which | {"worker": worker_id, "tokens": list(tokens)}
+        fields = which | {"worker": worker_id, "tokens": list(tokens), "suspect": SUSPECT}
         again = False
 
         def work(execute: Execute) -> list[Any]:
@@ -516,6 +519,7 @@ def _claim_of(row: Any) -> Claim:
         turn=row.turn,
         metered=row.metered,
         request=JobRequest.model_validate_json(row.request),
+        suspect=row.suspect,
     )
 
 
@@ -575,7 +579,8 @@ _CLAIMED_COLUMNS = """
     j.id, j.token, j.tenant_id, j.model, j.lane, j.priority, j.attempts, j.max_attempts, j.conversation, j.turn,
     j.key_id IS NOT NULL AS metered,
     extract(epoch FROM now() - j.run_after)::double precision AS queue_seconds,
-    extract(epoch FROM j.deadline_at - now())::double precision AS seconds_left
+    extract(epoch FROM j.deadline_at - now())::double precision AS seconds_left,
+    EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND a.error = :suspect) AS suspect
 """
 
 _TAKE = f"""

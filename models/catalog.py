@@ -80,6 +80,7 @@ class ModelSpec(BaseModel):
     completion_dollars_per_million_tokens: Dollars = Decimal("0.20")
     machine_dollars_per_hour: Dollars = Decimal("0.10")
     seconds_per_token: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # echo: what a step takes
+    obeys_faults: bool = False  # echo: a prompt may ask it to die or to hang; for fault tests
 
     @field_validator("path")
     @classmethod
@@ -93,8 +94,8 @@ class ModelSpec(BaseModel):
             raise ValueError("the echo engine takes neither path nor quantization")
         if self.engine == "transformers" and not self.path:
             raise ValueError("path is missing: a folder or a hub id")
-        if self.engine == "transformers" and self.seconds_per_token:
-            raise ValueError("seconds_per_token is for the echo engine")
+        if self.engine == "transformers" and (self.seconds_per_token or self.obeys_faults):
+            raise ValueError("seconds_per_token and obeys_faults are for the echo engine")
         return self
 
     @property

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,11 +79,16 @@ class EngineClient:
                 refusal = Failure("invalid_request", str(error), retryable=False)
                 _tell(on_event, _failed(request.id, refusal))
             except EngineError:
-                _tell(on_event, _failed(request.id, _LOST))
+                _tell(on_event, Ended(request.id, "released"))
             else:
                 messages.append(message)
         if messages:
             self._send(messages)
+
+    @property
+    def open_requests(self) -> int:
+        """How many have not ended."""
+        return len(self._open)
 
     def cancel(self, request_id: str) -> None:
         """End the request soon; its `Ended` still comes. An unknown id is ignored."""
@@ -165,11 +171,14 @@ class EngineClient:
             abandoned, self._open = self._open, {}
         for question in list(self._questions.values()):
             question.put(None)
+        failure = _LOST if len(abandoned) == 1 else _LOST_TOGETHER
         for request_id, on_event in abandoned.items():
-            _tell(on_event, _failed(request_id, _LOST))
+            _tell(on_event, _failed(request_id, failure))
 
 
-_LOST = Failure("engine_lost", "the connection to the engine process was lost", retryable=True)
+_LOST = Failure("engine_lost", "the engine process was lost", retryable=True)
+# A step tells nothing before it is over: whichever of them was computed may have been the end of the engine.
+_LOST_TOGETHER = replace(_LOST, in_company=True)
 
 
 def _failed(request_id: str, failure: Failure) -> Ended:

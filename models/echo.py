@@ -4,6 +4,8 @@ A token is a byte. A step gives every running row one token and takes `seconds_p
 whole answer, so that the queue around it is what is measured.
 """
 
+import os
+import threading
 import time
 
 from models.base import BaseEngine
@@ -40,10 +42,21 @@ class EchoEngine(BaseEngine):
         super().submit(request)
 
     def _forward(self, plan: Plan) -> list[Advance]:
+        if self._spec.obeys_faults:
+            for work in plan.works:
+                _obey(bytes(work.row.flight.request.prompt_token_ids))
         if self._spec.seconds_per_token:
             time.sleep(self._spec.seconds_per_token)
             return [_echo(work.row, 1) for work in plan.works]
         return [_echo(work.row, work.row.tokens_to_come) for work in plan.works]
+
+
+def _obey(prompt: bytes) -> None:
+    """Die, or hang until killed, as a CUDA error or a driver would have it."""
+    if prompt.startswith(b"!exit"):
+        os._exit(1)
+    if prompt.startswith(b"!hang"):
+        threading.Event().wait()
 
 
 def _echo(row: Row, tokens: int) -> Advance:

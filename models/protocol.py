@@ -164,6 +164,7 @@ class Failure:
     code: str
     message: str
     retryable: bool
+    in_company: bool = False  # of an engine that was lost with several requests: any of them may be to blame
 
 
 @dataclass(frozen=True, slots=True)

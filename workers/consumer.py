@@ -1,4 +1,4 @@
-"""The Celery process of a worker: `python -m workers.consumer --socket PATH --spec JSON [--alive PATH]`.
+"""The Celery process of a worker: `python -m workers.consumer --socket PATH --spec JSON [--health FOLDER]`.
 
 Claims, leases and results; I/O only. It ends with its supervisor, whose pipe is its standard input.
 """
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -25,7 +26,17 @@ from celery.exceptions import Ignore
 from celery.worker.control import Panel
 from kombu.entity import Exchange, Queue
 
-from jobs.dispatch import DRAIN, REVOKE, RUN_JOB, celery_app, queue_name, revoked_text, signer_of
+from jobs.dispatch import (
+    DRAIN,
+    PROVE,
+    REVOKE,
+    RUN_JOB,
+    celery_app,
+    proof_queue_name,
+    queue_name,
+    revoked_text,
+    signer_of,
+)
 from jobs.errors import NotFound
 from jobs.logs import JsonLines, set_up_logging
 from jobs.settings import Settings
@@ -33,7 +44,11 @@ from jobs.signing import MessageSigner
 from jobs.states import Lane
 from models.catalog import ModelSpec
 from workers import tasks
+from workers.health import HealthFolder
 from workers.host import Host
+from workers.loops import Loop
+from workers.proof import ConsumptionProof
+from workers.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     settings = Settings.load()
-    host = Host(settings, options.spec, options.socket, options.alive)
+    host = Host(settings, options.spec, options.socket, options.health)
     host.open()
     # What start-up made stays; the collector need not look through it again and again at thousands of jobs a second.
     gc.freeze()
@@ -108,34 +123,85 @@ def _say(message: str, *_: object) -> None:
 def worker_app(settings: Settings, host: Host) -> Celery:
     """The Celery application whose tasks run on this host."""
     app = celery_app(settings)
-    app.conf.task_queues = [_queue(queue_name(host.spec.name, lane)) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+    app.conf.broker_transport = "workers.transport:Transport"
+    proofs = proof_queue_name(host.spec.name, host.worker_id)
+    # Proofs first: no backlog may hold them up.
+    names = [proofs, *(queue_name(host.spec.name, lane) for lane in (Lane.INTERACTIVE, Lane.BULK))]
+    app.conf.task_queues = [_queue(name) for name in names]
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
 
+    proof = _prove_consumption(app, host, proofs)
     signer = signer_of(settings)
 
     @app.task(name=RUN_JOB, shared=False, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
     def run_job(job_id: str, signature: object = None, *_: object) -> str:
-        _refuse_strangers(signer, signature, RUN_JOB, job_id)
-        return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
+        with proof.task():
+            _refuse_strangers(signer, signature, RUN_JOB, job_id)
+            return _or_ignore(lambda: tasks.run_job(host, UUID(job_id)))
 
     @app.task(name=DRAIN, shared=False)  # type: ignore[untyped-decorator]
     def drain(model: str, signature: object = None, *_: object) -> str:
-        _refuse_strangers(signer, signature, DRAIN, model)
-        return _or_ignore(lambda: f"{tasks.drain(host)} rows")
+        with proof.task():
+            _refuse_strangers(signer, signature, DRAIN, model)
+            return _or_ignore(lambda: f"{tasks.drain(host)} rows")
+
+    @app.task(name=PROVE, shared=False, send_events=False)  # type: ignore[untyped-decorator]
+    def prove(*_: object) -> None:
+        with proof.task():  # that it came is all; whoever sent it
+            pass
 
     _serve_nothing_else(app)
     host.on_backlog = lambda: _drain_without_message(host)
     _end_our_way(app, host)
     _gather_events(app)
-    _keep_no_accounts(app)
     _cancel_on_revoke(host, signer)
     return app
 
 
 def _queue(name: str) -> Queue:
-    # An exchange of its own: queues that share one, and its routing key, would each get the other's messages.
-    # Without acknowledgement: nothing rests on a message that a worker has popped (see `_keep_no_accounts`).
-    return Queue(name, Exchange(name, type="direct"), routing_key=name, no_ack=True)
+    # The nameless exchange delivers by queue name: it needs no binding in Redis, which a flush would lose and a worker
+    # that is gone would leave behind.
+    # Without acknowledgement: nothing rests on a message that a worker has popped (see `workers.transport`).
+    return Queue(name, Exchange(""), routing_key=name, no_ack=True)
+
+
+def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
+    """Once Celery runs, show at every heartbeat that it consumes, while it can and should."""
+    current: list[Transport] = []  # that of the connection which Celery has now
+
+    def send() -> bool:
+        return host.can_take and not host.draining.is_set() and host.dispatcher.prove(queue)
+
+    def hang_up() -> None:
+        for transport in current:
+            transport.hang_up()
+
+    give_up = partial(_in_background, partial(_end_at_once, host))
+    proof = ConsumptionProof(send, hang_up, give_up, host.slots + SPARE_THREADS)
+    host.consumes = lambda: proof.consumes
+    loop = Loop("proof", host.settings.heartbeat_seconds, proof.run_once)
+
+    class Prove(bootsteps.StartStopStep):  # type: ignore[misc]
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, consumer: Any) -> None:
+            first = not current
+            current[:] = [consumer.connection.transport]
+            fetch_while(lambda: host.can_take, consumer.task_consumer.channel.qos)
+            if first:
+                loop.start()
+
+    app.steps["consumer"].add(Prove)
+    return proof
+
+
+def fetch_while(condition: Callable[[], bool], qos: Any) -> None:
+    """Leave messages in the queue for others while this worker can do nothing with them.
+
+    Measured: one that had lost Postgres, with Redis at hand, took half of what was sent again for its own rows.
+    """
+    has_free_thread = qos.can_consume
+    qos.can_consume = lambda: condition() and has_free_thread()
 
 
 def _refuse_strangers(signer: MessageSigner, signature: object, task: str, subject: object) -> None:
@@ -146,7 +212,7 @@ def _refuse_strangers(signer: MessageSigner, signature: object, task: str, subje
 
 def _serve_nothing_else(app: Celery) -> None:
     """Celery's own tasks, and commands that would hinder a worker, are there for nobody but strangers on the broker."""
-    for name in [name for name in app.tasks if name not in {RUN_JOB, DRAIN}]:
+    for name in [name for name in app.tasks if name not in {RUN_JOB, DRAIN, PROVE}]:
         app.tasks.unregister(name)
     for command in _COMMANDS_TAKEN_OUT:
         Panel.data.pop(command, None)
@@ -200,6 +266,12 @@ def _end(host: Host) -> None:
     os._exit(0)
 
 
+def _end_at_once(host: Host) -> None:
+    """What runs ends or is given back; Celery does not hear, and is not waited for. The supervisor starts another."""
+    host.close()
+    os._exit(1)
+
+
 def _gather_events(app: Celery) -> None:
     """Task events go out together some times a second.
 
@@ -219,23 +291,6 @@ def _gather_events(app: Celery) -> None:
             self._timer.cancel()
 
     app.steps["consumer"].add(Gather)
-
-
-def _keep_no_accounts(app: Celery) -> None:
-    """What was popped is not written down in Redis until it is acknowledged, which is at once.
-
-    Such accounts bring a dead worker's messages back after minutes; the sweeper does in seconds. Measured: two round
-    trips and a third of the loop's work for each message, just while its job begins.
-    """
-
-    class NoAccounts(bootsteps.StartStopStep):  # type: ignore[misc]
-        requires = ("celery.worker.consumer.tasks:Tasks",)
-
-        def start(self, consumer: Any) -> None:
-            # Kombu's virtual transport asks for acknowledgements even of those who consume without.
-            consumer.task_consumer.channel.qos.ack = lambda _: None
-
-    app.steps["consumer"].add(NoAccounts)
 
 
 def _in_background(work: Callable[[], None]) -> None:
@@ -276,8 +331,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers.consumer", description="Claim and settle jobs.")
     parser.add_argument("--socket", type=Path, required=True, help="where the engine listens")
     parser.add_argument("--spec", type=ModelSpec.model_validate_json, required=True, help="models.catalog.ModelSpec")
-    parser.add_argument("--alive", type=Path, help="file touched at every heartbeat")
+    parser.add_argument("--health", type=_health_folder, help="where it shows that it lives and is ready")
     return parser.parse_args(arguments)
+
+
+def _health_folder(path: str) -> HealthFolder:
+    return HealthFolder(Path(path))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ class EngineLink:
         for request, on_event in requests:
             on_event(Ended(request.id, "released"))
 
+    @property
+    def open_requests(self) -> int:
+        """How many the engine works on."""
+        client = self._client
+        return 0 if client is None else client.open_requests
+
     def cancel(self, request_id: str) -> None:
         """End a request within one step; unknown ids are ignored."""
         if self._client is not None:

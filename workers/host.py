@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from uuid import UUID, uuid4
@@ -28,7 +29,9 @@ from jobs.streams import Piece, Streams
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
 from workers.committer import Committer
+from workers.company import Company
 from workers.engine_link import EngineLink
+from workers.health import HealthFolder
 from workers.loops import Loop
 from workers.sweeper import Sweeper
 from workers.telling import PieceTeller
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 _LEASE_MARGIN = 0.1
 # How often what is older than `[retention_days]` is deleted; it takes a walk through the jobs.
 _RETENTION_SECONDS = 900.0
+# An engine whose step lasts longer is not counted on; it is killed after HEADRACE_ENGINE_HANG_SECONDS.
+_LONG_STEP_SECONDS = 5.0
 
 Stop = Literal["cancel", "release", "fence"]
 
@@ -115,7 +120,9 @@ class Hands:
 class Host:
     """Everything that a job's life needs, and the loops that keep it true."""
 
-    def __init__(self, settings: Settings, spec: ModelSpec, socket_path: Path, alive_path: Path | None = None) -> None:
+    def __init__(
+        self, settings: Settings, spec: ModelSpec, socket_path: Path, health: HealthFolder | None = None
+    ) -> None:
         assert settings.database_url is not None
         self.settings = settings
         self.spec = spec
@@ -123,12 +130,20 @@ class Host:
         self.hands = Hands()
         self.draining = threading.Event()
         self.drained_by = threading.Lock()  # held by the one bulk drain that runs
-        self.engine = EngineLink(socket_path, settings.engine_hang_seconds)
+        self.engine = engine = EngineLink(socket_path, settings.engine_hang_seconds)
+        self.company = Company(lambda: engine.open_requests)
         self.format = load_prompt_format(spec)
-        self._alive_path = alive_path
-        self._database = Database(settings.database_url, settings.store_wait_seconds, pool_size=8)
-        # Heartbeats have connections and patience of their own: no burst of claims may delay them.
-        self._pulse = Database(settings.database_url, settings.heartbeat_seconds, pool_size=2)
+        self._health = health
+        self._engine_moves = False
+        url, patience_seconds = settings.database_url, settings.store_wait_seconds
+        self._database = Database(url, patience_seconds, pool_size=8, answer_seconds=patience_seconds)
+        # Heartbeats and sweeps have connections and patience of their own: no burst of claims may delay them; one
+        # heartbeat that gets no answer must leave time for another before the lease ends; and if we freeze in the
+        # middle of either, the locks that others need in order to take over from us must not be held for long.
+        beat_seconds, third_seconds = settings.heartbeat_seconds, settings.lease_seconds / 3
+        own = partial(Database, url, beat_seconds, pool_size=1, idle_seconds=third_seconds)
+        self._pulse = own(answer_seconds=third_seconds)
+        self._sweeping = own(answer_seconds=patience_seconds)
         self.store = Store(self._database)
         self._leases = Leases(self._pulse, settings.lease_seconds)
         self._lease_ends = 0.0
@@ -138,7 +153,7 @@ class Host:
         self.committer = Committer(self.store, self._announce)
         self._streams = Streams(settings, self._signals)
         self.teller = PieceTeller(self._streams)
-        sweeper = Sweeper(Store(self._pulse), self.dispatcher, self._signals)
+        sweeper = Sweeper(Store(self._sweeping), self.dispatcher, self._signals)
         self._loops = [
             Loop("heartbeat", settings.heartbeat_seconds, self.beat),
             Loop("lease-guard", settings.heartbeat_seconds / 5, self.guard_lease),
@@ -151,6 +166,8 @@ class Host:
         self._listener = threading.Thread(target=self._listen, name="cancel-listener", daemon=True)
         # Set by whoever can start a drain: bulk rows were seen at a heartbeat, message or not.
         self.on_backlog: Callable[[], None] = lambda: None
+        # Set by whoever can tell whether messages arrive.
+        self.consumes: Callable[[], bool] = lambda: True
         self.slots = spec.slots
         self.served_by = spec.name
 
@@ -208,6 +225,7 @@ class Host:
         self._signals.close()
         self._database.close()
         self._pulse.close()
+        self._sweeping.close()
 
     def _say_goodbye(self, load: Load) -> None:
         try:
@@ -234,7 +252,8 @@ class Host:
 
     def beat(self) -> None:
         """Renew the lease, stop what was cancelled, look for bulk rows; be born again if the lease was lost."""
-        self._say_alive()
+        if self._health is not None:
+            self._health.alive("consumer")
         load = self._load()
         asked_at = time.monotonic()
         try:
@@ -245,13 +264,34 @@ class Host:
         self._lease_ends = asked_at + self.settings.lease_seconds
         self._obey(renewal)
 
+    @property
+    def can_take(self) -> bool:
+        """Whether a message is in good hands here: the lease runs, and the engine is there."""
+        return time.monotonic() < self._lease_ends and self.engine.ready.is_set()
+
     def guard_lease(self) -> None:
         """Stop our own rows before the lease ends if it could not be renewed: they will be somebody else's."""
-        if time.monotonic() > self._lease_ends - _LEASE_MARGIN * self.settings.lease_seconds:
+        if not self._lease_is_safe:
             self.stop_held(self.hands.all(), "fence")
+        if self._health is not None:
+            self._health.ready = self.ready
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes jobs: it holds a lease, its engine works, messages arrive, and it does not drain."""
+        engine_works = self._engine_moves and self.engine.ready.is_set()
+        return engine_works and self._lease_is_safe and self.consumes() and not self.draining.is_set()
+
+    @property
+    def _lease_is_safe(self) -> bool:
+        return time.monotonic() <= self._lease_ends - _LEASE_MARGIN * self.settings.lease_seconds
 
     def _load(self) -> Load:
-        ready = self.engine.health() is not None
+        health = self.engine.health()
+        if health is not None and self._health is not None:
+            self._health.alive("engine")
+        self._engine_moves = health is not None and (health.step_seconds or 0.0) < _LONG_STEP_SECONDS
+        ready = self._engine_moves and self.consumes()
         return Load(len(self.hands.all()), ready, self.engine.busy_seconds - self._busy_before)
 
     def _obey(self, renewal: Renewal) -> None:
@@ -266,10 +306,6 @@ class Host:
         self.worker_id = uuid4()
         if not self.draining.is_set():
             self._register()
-
-    def _say_alive(self) -> None:
-        if self._alive_path is not None:
-            self._alive_path.touch()
 
     # -- stopping jobs ------------------------------------------------------------------------------------------
 

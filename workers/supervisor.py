@@ -27,6 +27,7 @@ from jobs.errors import SettingsError
 from jobs.logs import set_up_logging
 from jobs.settings import Settings
 from models.catalog import Catalog, CatalogError, ModelSpec
+from workers.health import HealthFolder
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ class Child:
         if due:
             self.start()
         return due
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
         """Start it now."""
@@ -115,7 +121,12 @@ class Pulse:
             return False
         if last != self._last:
             self._last, self._changed_at = last, time.monotonic()
-        return time.monotonic() - self._changed_at > self.longest_silence_seconds
+        return self.silent_seconds > self.longest_silence_seconds
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since it last changed, as far as it was looked at."""
+        return time.monotonic() - self._changed_at
 
     def forget(self) -> None:
         """The next consumer begins anew."""
@@ -132,44 +143,58 @@ class Supervisor:
         spec: ModelSpec,
         gpus: str | None,
         folder: Path,
+        *,
         execution_log: Path | None = None,
+        health: Path | None = None,
     ) -> None:
         self._settings = settings
         self._stopping = threading.Event()
-        self._socket, alive = folder / "engine.sock", folder / "alive"
+        self._socket = folder / "engine.sock"
+        self._health = HealthFolder(health or folder)
+        self._health.clear()
         self._engine_came_up = False
         shared = ["--socket", str(self._socket), "--spec", spec.model_dump_json()]
         logged = [] if execution_log is None else ["--execution-log", str(execution_log)]
         self.engine = Child("engine", _python("models.server", *shared, *logged), _environment(gpus))
         self.consumer = Child(
             "consumer",
-            _python("workers.consumer", *shared, "--alive", str(alive)),
+            _python("workers.consumer", *shared, "--health", str(self._health.folder)),
             _environment("") | settings.environment(),
         )
-        self._pulse = Pulse(alive, _SILENT_LEASES * settings.lease_seconds)
+        self._pulse = Pulse(self._health.folder / "consumer", _SILENT_LEASES * settings.lease_seconds)
 
     def run(self) -> int:
         """Until asked to stop, or the engine cannot be started. Returns the exit status."""
         try:
             while not self._stopping.wait(_POLL_SECONDS):
-                self.engine.keep()
+                self._health.alive("supervisor")
+                self._keep_engine()
                 if self.consumer.keep():
                     self._pulse.forget()
+                if not self.consumer.running or self._pulse.silent_seconds > self._settings.lease_seconds:
+                    self._health.ready = False  # it cannot say so itself
                 if self._engine_never_comes_up():
                     log.error("the engine could not be started in %d tries; giving up", _QUICK_DEATHS)
                     return 1
                 self._check_pulse()
         finally:
             self._stop_children()
+            self._health.clear()
         return 0
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Drain and end. Safe in a signal handler."""
         self._stopping.set()
 
+    def _keep_engine(self) -> None:
+        if self.engine.keep():
+            self._socket.unlink(missing_ok=True)  # of the one before
+        # It listens once its model is loaded. One that served, and died of a job, need not be waited for.
+        elif self._socket.exists():
+            self._engine_came_up = True
+            self.engine.young_deaths = 0
+
     def _engine_never_comes_up(self) -> bool:
-        # It listens once its model is loaded.
-        self._engine_came_up = self._engine_came_up or self._socket.exists()
         return not self._engine_came_up and self.engine.young_deaths >= _QUICK_DEATHS
 
     def _check_pulse(self) -> None:
@@ -183,13 +208,16 @@ class Supervisor:
         self.engine.stop(self._settings.lease_seconds)
 
 
-def run(model: str, gpus: str | None, execution_log: Path | None = None) -> int:
-    """Serve the model until SIGTERM or SIGINT. Raises SettingsError if it is in no catalog."""
+def run(model: str, gpus: str | None, execution_log: Path | None = None, health: Path | None = None) -> int:
+    """Serve the model until SIGTERM or SIGINT. Raises SettingsError if it is in no catalog.
+
+    `health`: the folder where probes look (see `workers.health`).
+    """
     settings = Settings.load()
     spec = _spec(settings, model)
     # Short, private and gone with the process: a Unix socket's path has room for about 100 bytes.
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-        supervisor = Supervisor(settings, spec, gpus, Path(folder), execution_log)
+        supervisor = Supervisor(settings, spec, gpus, Path(folder), execution_log=execution_log, health=health)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
         return supervisor.run()
@@ -222,10 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="name in the catalog, folder or hub id")
     parser.add_argument("--gpus", help="CUDA device numbers of this worker, such as 0 or 0,1")
     parser.add_argument("--execution-log", type=Path, help="append a line for each request that is computed")
+    parser.add_argument("--health", type=Path, metavar="FOLDER", help="show there that it lives and is ready")
     options = parser.parse_args(arguments)
     set_up_logging("supervisor")
     try:
-        return run(options.model, options.gpus, options.execution_log)
+        return run(options.model, options.gpus, options.execution_log, options.health)
     except SettingsError as error:
         log.error("%s", error)  # noqa: TRY400 - the message says it all
         return 2

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
 
@@ -21,7 +21,7 @@ import orjson
 from jobs.errors import HeadraceError, RequestInvalid, StoreUnavailable
 from jobs.schema import JobError, JobRequest, Timings, Usage
 from jobs.states import AttemptOutcome
-from jobs.store import Claim, Settlement
+from jobs.store import SUSPECT, Claim, Settlement
 from jobs.streams import Piece
 from models.catalog import ModelSpec
 from models.prompt import PromptError, encode_prompt
@@ -38,6 +38,7 @@ _REFILL_SECONDS = 0.01
 # While the last rows run, new ones are looked for this often.
 _LOOK_AGAIN_SECONDS = 1.0
 _ENGINE_SECONDS = 1.0
+_NO_REASON = Failure("engine_error", "the engine gave no reason", retryable=True)
 
 
 class JobFailed(HeadraceError):
@@ -204,7 +205,29 @@ def _claim_bulk(host: Host, room: int) -> list[Held]:
 
 
 def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
-    """Tokenize and hand to the engine; each one's end leads to `_ended`, its commit to `watcher.finished`."""
+    """Hand to the engine; each one's end leads to `_ended`, its commit to `watcher.finished`."""
+    suspects = [one for one in held if one.claim.suspect]
+    _submit(host, [one for one in held if not one.claim.suspect], watcher)
+    for one in suspects:
+        _run_alone(host, one, watcher)
+
+
+def _run_alone(host: Host, held: Held, watcher: Watcher) -> None:
+    """Blocks until it has left the engine."""
+    log.warning("job %s runs alone: an engine died under it", held.claim.id)
+    over = threading.Event()
+
+    def left_engine() -> None:
+        watcher.left_engine()
+        over.set()
+
+    with host.company.alone(lambda: held.stop is not None):
+        _submit(host, [held], replace(watcher, left_engine=left_engine))
+        over.wait()
+
+
+def _submit(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
+    """Tokenize and send; what cannot be prepared ends at once."""
     requests = []
     for one in held:
         started = time.perf_counter()
@@ -217,7 +240,8 @@ def _begin(host: Host, held: Sequence[Held], watcher: Watcher) -> None:
         tokenize_seconds = time.perf_counter() - started
         requests.append((request, partial(then, tokenize_seconds)))
     if requests:
-        host.engine.submit(requests)
+        with host.company.together():
+            host.engine.submit(requests)
     # The engine ignores a stop of what it does not know yet.
     for one in held:
         if one.stop is not None:
@@ -363,10 +387,17 @@ def _verdict(host: Host, held: Held, ended: Ended) -> tuple[AttemptOutcome, JobE
         return AttemptOutcome.EXPIRED, JobError(code="deadline_exceeded", message="its deadline passed"), None
     if ended.outcome != "failed":
         return AttemptOutcome(ended.outcome), None, None
-    failure = ended.error or Failure("engine_error", "the engine gave no reason", retryable=True)
+    return _verdict_on_failure(host, held, ended.error or _NO_REASON)
+
+
+def _verdict_on_failure(
+    host: Host, held: Held, failure: Failure
+) -> tuple[AttemptOutcome, JobError | None, float | None]:
     error = JobError(code=failure.code, message=failure.message)
     if held.stop == "cancel":
         return AttemptOutcome.CANCELLED, error, None
+    if failure.in_company:
+        return AttemptOutcome.RELEASED, JobError(code=failure.code, message=SUSPECT), 0.0
     if failure.retryable and held.claim.attempt < held.claim.max_attempts:
         return AttemptOutcome.RETRIED, error, retry_delay_seconds(held.claim.attempt, host.settings.retry_max_seconds)
     return AttemptOutcome.FAILED, error, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ def worker(
     *,
     model: Annotated[str, typer.Option(help="Model to serve.")] = DEFAULT_MODEL,
     gpus: Gpus = None,
+    health: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Show there, for probes, that it lives and is ready.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Serve one model in the foreground. Its log is on stderr; SIGTERM or Ctrl-C drains it."""
@@ -43,7 +47,7 @@ def worker(
     if as_json:
         show.emit({"model": model, "pid": os.getpid()})
     set_up_logging("supervisor")
-    return run(model, gpus)
+    return run(model, gpus, health=health)
 
 
 def serve(

@@ -20,6 +20,7 @@ _SLOW = {"engine": "echo", "slots": 4, "seconds_per_token": 0.02}
 MODELS: dict[str, dict[str, Any]] = {
     "slow": _SLOW,
     "other": _SLOW,
+    "faulty": _SLOW | {"obeys_faults": True},
     "wide": {"engine": "echo", "slots": 64, "seconds_per_token": 0.02},
 }
 _GONE_SECONDS = 30.0

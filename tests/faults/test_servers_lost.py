@@ -11,7 +11,8 @@ import redis
 from headrace.servers import Servers
 from jobs.schema import Job
 from jobs.states import Lane, State, WorkerState
-from jobs.store import Waiting
+from kit.invariants import Witness
+from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
@@ -54,11 +55,27 @@ def test_bulk_and_interactive_jobs_outlive_a_restart_of_redis(
     _assert_all_succeed(fragile_system, bulk)
     assert fragile_system.producer.get(meanwhile[-1].id).state is State.QUEUED
 
-    own_servers.redis.start()
-    started_at = time.monotonic()
-    _assert_all_succeed(fragile_system, [*before, *meanwhile])
-    print(f"interactive jobs done {time.monotonic() - started_at:.1f} s after Redis came back")  # noqa: T201
+    with Recovery("a Redis that was down", within_seconds=30):
+        own_servers.redis.start()
+        _assert_all_succeed(fragile_system, [*before, *meanwhile])
     assert worker.await_ready().id == identity
+
+
+def test_jobs_outlive_a_redis_that_is_killed_and_comes_back_empty(
+    fragile_system: System, own_servers: Servers, worker: WorkerProcesses
+) -> None:
+    """No message is left: each waiting job is sent again, what runs runs on."""
+    with Witness(fragile_system) as witness:
+        jobs = _submit(fragile_system, THREADS + 8)
+        wait_until(lambda: len(_in(fragile_system, State.RUNNING)) == THREADS, PATIENCE_SECONDS, "all threads are busy")
+        own_servers.redis.kill()
+        with Recovery("a Redis that came back empty", within_seconds=30):
+            own_servers.redis.start()
+            with redis.Redis.from_url(own_servers.broker_url) as client:
+                client.flushall()
+            _assert_all_succeed(fragile_system, jobs)
+        witness.saw(*jobs)
+        witness.check()
 
 
 def test_a_silent_redis_costs_neither_lease_nor_bulk(
@@ -96,6 +113,8 @@ def test_a_worker_ends_cleanly_without_a_word_from_redis(fragile_system: System,
     assert {(job.state, job.attempts) for job in after if job.id in begun} == {(State.SUCCEEDED, 1)}
     assert {(job.state, job.attempts) for job in after if job.id not in begun} == {(State.QUEUED, 0)}
     assert fragile_system.tables.value("SELECT state FROM workers WHERE id = %s", identity) == WorkerState.STOPPED
+    for job in jobs:  # nobody else would run them
+        fragile_system.producer.cancel(job.id)
 
 
 @pytest.mark.parametrize("pause_seconds", [0.0, 3.2], ids=["at-once", "after-the-lease"])
@@ -116,31 +135,35 @@ def test_no_accepted_job_is_lost_when_postgres_crashes(
     assert {job_id: fragile_system.producer.get(job_id) for job_id in first_read} == first_read
 
 
-def test_a_message_delivered_a_hundred_times_is_one_execution(
+def test_jobs_outlive_sessions_that_are_ended_every_second(
     fragile_system: System, own_servers: Servers, worker: WorkerProcesses
 ) -> None:
-    """Copies of a message, before the job runs, while it runs and after it has ended, change nothing."""
-    [job] = _submit(fragile_system, 1)
-    _deliver(fragile_system, job, 50)
-    done = fragile_system.wait(job.id)
-    _deliver(fragile_system, job, 50)
-    wait_until(lambda: _is_consumed(fragile_system), PATIENCE_SECONDS, "every copy was taken")
-    _assert_all_succeed(fragile_system, _submit(fragile_system, 1))
+    """Whatever Postgres was asked when the session ended is asked again, and is done once."""
+    rounds = 6
+    with Witness(fragile_system) as witness:
+        for _ in range(rounds):
+            due = time.monotonic() + 1.0
+            witness.saw(*_submit(fragile_system, 3), *_submit_bulk(fragile_system, 6))
+            wait_until(lambda due=due: time.monotonic() > due, PATIENCE_SECONDS, "a second is over")
+            _end_sessions(fragile_system)
+        with Recovery("sessions ended every second", within_seconds=60):
+            witness.check()
+    assert len(witness.first_read) >= 9 * rounds
 
-    assert _executions(worker, [job]) == [1]
-    assert fragile_system.producer.get(job.id) == done
-    assert fragile_system.tables.outcomes(job.id) == ["succeeded"]
 
-
-def test_a_message_that_cannot_be_read_stops_no_job(
-    fragile_system: System, own_servers: Servers, worker: WorkerProcesses
+@pytest.mark.parametrize("seconds", [8.0, pytest.param(300.0, marks=pytest.mark.soak)])
+def test_jobs_outlive_a_postgres_that_stops_and_starts(
+    fragile_system: System, own_servers: Servers, worker: WorkerProcesses, seconds: float
 ) -> None:
-    """Garbage in the queue may cost the consumer its life, but no job its result."""
-    jobs = [*_submit(fragile_system, 4), *_submit_bulk(fragile_system, 8)]
-    with redis.Redis.from_url(own_servers.broker_url) as client:
-        client.lpush(f"{fragile_system.settings.key_prefix}:slow.interactive", '{"body": "not the e')
-    jobs += _submit(fragile_system, 4)
-    _assert_all_succeed(fragile_system, jobs)
+    """Stopped at once, without a word to anybody, and started, again and again: no accepted job is lost."""
+    until = time.monotonic() + seconds
+    with Witness(fragile_system, claims_forgotten=True) as witness:
+        while time.monotonic() < until:
+            witness.saw(*_submit(fragile_system, 3), *_submit_bulk(fragile_system, 6))
+            own_servers.postgres.stop(immediate=True)
+            own_servers.postgres.start()
+        with Recovery("a Postgres that stops and starts", within_seconds=60):
+            witness.check()
 
 
 # == helpers =====================================================================================================
@@ -175,10 +198,7 @@ def _executions(worker: WorkerProcesses, jobs: list[Job]) -> list[int]:
     return [executed.count(job.id) for job in jobs]
 
 
-def _deliver(system: System, job: Job, times: int) -> None:
-    copies = [Waiting(job.id, job.model, job.priority)] * times
-    assert system.producer.dispatcher.publish(copies, PATIENCE_SECONDS)
-
-
-def _is_consumed(system: System) -> bool:
-    return system.producer.dispatcher.depth("slow", Lane.INTERACTIVE, PATIENCE_SECONDS) == 0
+def _end_sessions(system: System) -> None:
+    """All of them but ours, as a failover or an administrator does."""
+    others = "pid <> pg_backend_pid() AND datname = current_database()"
+    system.tables.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -55,16 +55,20 @@ class System:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def start(self, model: str = "echo", **changes: Any) -> WorkerProcesses:
+    def start(
+        self, model: str = "echo", environment: Mapping[str, str] | None = None, **changes: Any
+    ) -> WorkerProcesses:
         """A worker for the model, ready; its settings but for these changes."""
-        worker = self.launch(model, **changes)
+        worker = self.launch(model, environment, **changes)
         worker.await_ready()
         return worker
 
-    def launch(self, model: str = "echo", **changes: Any) -> WorkerProcesses:
+    def launch(
+        self, model: str = "echo", environment: Mapping[str, str] | None = None, **changes: Any
+    ) -> WorkerProcesses:
         """The same, on its way."""
-        settings = self.settings.model_copy(update=changes)
-        worker = WorkerProcesses.launch(settings, model, self._folder / f"worker-{len(self.workers) + 1}")
+        settings, folder = self.settings.model_copy(update=changes), self._folder / f"worker-{len(self.workers) + 1}"
+        worker = WorkerProcesses.launch(settings, model, folder, seen_by=self.settings, environment=environment)
         self._open.callback(worker.close)
         self.workers.append(worker)
         return worker

@@ -42,23 +42,43 @@ class WorkerProcesses:
 
     in_use: ClassVar[set[WorkerProcesses]] = set()  # launched and not closed
 
-    def __init__(self, settings: Settings, process: guard.Guarded, folder: Path, temporary: Path) -> None:
+    def __init__(self, seen_by: Settings, process: guard.Guarded, folder: Path, temporary: Path) -> None:
         self.log = folder / "log"
+        self.health = folder / "health"
         self._execution_log = folder / "executions"
         self._temporary = temporary
         self._process = process
-        self._database = Database(str(settings.database_url), pool_size=1)
-        self._leases = Leases(self._database, settings.lease_seconds)
+        self._database = Database(str(seen_by.database_url), pool_size=1)
+        self._leases = Leases(self._database, seen_by.lease_seconds)
         self.in_use.add(self)
 
     @classmethod
-    def launch(cls, settings: Settings, model: str, folder: Path) -> WorkerProcesses:
-        """Start one, and do not wait. Its log, execution log and configuration lie in the folder."""
+    def launch(
+        cls,
+        settings: Settings,
+        model: str,
+        folder: Path,
+        *,
+        seen_by: Settings | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> WorkerProcesses:
+        """Start one, and do not wait. Its log, execution log and configuration lie in the folder.
+
+        `seen_by`: how the test reaches the servers, if the worker's own way is to fail.
+        """
         folder.mkdir(parents=True)
         # What a killed supervisor leaves goes with us. A socket's path has to be short, and the folder's may not be.
         temporary = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         own = {"HEADRACE_CONFIG": str(_write_config(folder, settings.models)), "TMPDIR": str(temporary)}
-        arguments = ["--model", model, "--execution-log", str(folder / "executions")]
+        own |= environment or {}
+        arguments = [
+            "--model",
+            model,
+            "--execution-log",
+            str(folder / "executions"),
+            "--health",
+            str(folder / "health"),
+        ]
         with (folder / "log").open("ab") as log:
             process = guard.start(
                 [sys.executable, "-m", "workers.supervisor", *arguments],
@@ -66,7 +86,7 @@ class WorkerProcesses:
                 output=log,
                 grace_seconds=END_SECONDS,
             )
-        return cls(settings, process, folder, temporary)
+        return cls(seen_by or settings, process, folder, temporary)
 
     @property
     def supervisor(self) -> psutil.Process:
@@ -99,6 +119,11 @@ class WorkerProcesses:
     def await_ready(self) -> Worker:
         """Wait until its lease runs and its engine answers; returns the lease."""
         return wait_until(self._ready, START_SECONDS, f"a worker that is ready; its log is {self.log}")
+
+    @property
+    def shows_ready(self) -> bool:
+        """Whether a probe would find it ready."""
+        return (self.health / "ready").exists()
 
     def executions(self) -> list[Execution]:
         """Every request that its engines began to compute, in order."""

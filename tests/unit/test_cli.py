@@ -18,7 +18,22 @@ from headrace.commands.common import interruptible
 from jobs.errors import NotFound, RequestInvalid, WaitTimeout
 from models.catalog import UnknownModel
 
-COMMANDS = {"run", "up", "down", "submit", "status", "wait", "cancel", "list", "workers", "migrate", "worker", "flower"}
+COMMANDS = {
+    "run",
+    "up",
+    "down",
+    "submit",
+    "status",
+    "wait",
+    "cancel",
+    "list",
+    "workers",
+    "migrate",
+    "worker",
+    "flower",
+    "failed",
+    "doctor",
+}
 JOB_ID = "01a2087d-41ec-78fc-9d23-8e63e0e87750"
 
 

@@ -16,7 +16,7 @@ from jobs.errors import IdempotencyConflict, NotFound
 from jobs.ids import new_id
 from jobs.schema import Choice, JobError, JobRequest, Timings, Usage
 from jobs.states import FINAL, Lane, State
-from jobs.store import Store
+from jobs.store import SUSPECT, Store
 from kit.contract import MODEL, Tables, Worker, accept, request_of, settlement, turn_of
 
 NOTHING_SPENT = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "busy_seconds": 0.0}
@@ -633,3 +633,15 @@ def test_wrong_row_is_refused(constraint: str, statement: str, store: Store, wor
     worker.claim(accept(store))
     with pytest.raises(CheckViolation, match=constraint):
         tables.execute(statement)
+
+
+def test_a_job_whose_engine_died_among_others_is_a_suspect_from_then_on(store: Store, worker: Worker) -> None:
+    """The claim after says so, to whichever worker; it was not charged, and a retry does not clear it."""
+    job_id = accept(store)
+    first = worker.claim(job_id)
+    worker.settle(first, "released", error=JobError(code="engine_lost", message=SUSPECT))
+    second = worker.claim(job_id)
+    assert (first.suspect, second.suspect, second.attempt) == (False, True, 1)
+    worker.settle(second, "retried")
+    assert worker.claim(job_id).suspect
+    assert not worker.claim(accept(store)).suspect

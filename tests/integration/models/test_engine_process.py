@@ -180,7 +180,7 @@ def test_a_step_that_hangs_is_seen(start: Callable[..., Process]) -> None:
 
 
 def test_a_killed_engine_ends_what_was_open_as_lost(start: Callable[..., Process]) -> None:
-    """After SIGKILL each open request fails as engine_lost, retryable; so does what is asked later."""
+    """After SIGKILL each open request fails as engine_lost, retryable; what is asked later is given back."""
     process, inbox = start(**SLOW), Inbox()
     client = process.client()
     client.submit_many([(request("a", LONG), inbox), (request("b", LONG), inbox)])
@@ -188,12 +188,23 @@ def test_a_killed_engine_ends_what_was_open_as_lost(start: Callable[..., Process
     process.popen.kill()
     ended = inbox.ends(2)
     assert {end.error.code for end in ended.values()} == {"engine_lost"}
-    assert all(end.error.retryable for end in ended.values())
+    assert all(end.error.retryable and end.error.in_company for end in ended.values())
     assert client.lost.is_set()
     client.submit(request("late"), inbox)
-    assert inbox.ends()["late"].error.code == "engine_lost"
+    assert inbox.ends()["late"].outcome == "released"
     with pytest.raises(EngineError, match="lost"):
         client.health(PATIENCE_SECONDS)
+
+
+def test_a_request_that_was_alone_when_its_engine_died_is_to_blame(start: Callable[..., Process]) -> None:
+    """Nobody else was there."""
+    process, inbox = start(**SLOW), Inbox()
+    client = process.client()
+    client.submit(request("a", LONG), inbox)
+    until_running(client)
+    process.popen.kill()
+    error = inbox.ends()["a"].error
+    assert (error.code, error.in_company) == ("engine_lost", False)
 
 
 def test_a_new_client_takes_the_place_of_the_old(start: Callable[..., Process]) -> None:

@@ -21,6 +21,7 @@ from models.catalog import Catalog, ModelSpec
 from models.client import OnEvent
 from models.prompt import load_prompt_format
 from models.protocol import Ended, GenerationRequest, Outcome
+from workers.company import Company
 from workers.host import Hands, Held, Host
 
 
@@ -119,6 +120,7 @@ class FakeHost(SimpleNamespace):
     spec: ModelSpec
     hands: Hands
     engine: FakeEngine
+    company: Company
     store: FakeStore
     committer: FakeCommitter
     draining: threading.Event
@@ -146,6 +148,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
         format=load_prompt_format(spec),
         hands=hands,
         engine=engine,
+        company=Company(lambda: len(engine.submitted)),
         store=FakeStore(),
         committer=FakeCommitter(hands),
         draining=threading.Event(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -13,14 +14,14 @@ from celery import Celery
 from celery.exceptions import Ignore
 from celery.worker.control import Panel
 
-from jobs.dispatch import DRAIN, REVOKE, RUN_JOB, revoked_text
+from jobs.dispatch import DRAIN, PROVE, REVOKE, RUN_JOB, proof_queue_name, revoked_text
 from jobs.errors import NotFound
 from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.signing import MessageSigner
 from jobs.states import AttemptOutcome
 from kit.waiting import wait_until
-from workers.consumer import worker_app
+from workers.consumer import fetch_while, worker_app
 from workers.tasks import JobFailed
 
 PATIENCE_SECONDS = 10.0
@@ -46,11 +47,21 @@ def signed(host: Any) -> Callable[..., str]:
     return MessageSigner(host.settings.secret).sign
 
 
-def test_interactive_jobs_and_bulk_have_queues_of_their_own(app: Celery) -> None:
-    """The interactive queue comes first, and no exchange leads to both."""
+def test_each_lane_has_a_queue_and_so_have_the_worker_s_own_proofs(app: Celery, host: Any) -> None:
+    """Proofs come first, so that no backlog delays them, then interactive jobs; none leaves a binding in Redis."""
     queues = app.conf.task_queues
-    assert [queue.name for queue in queues] == ["echo.interactive", "echo.bulk"]
-    assert [(queue.exchange.name, queue.routing_key) for queue in queues] == [(q.name, q.name) for q in queues]
+    assert [queue.name for queue in queues] == [
+        proof_queue_name("echo", host.worker_id),
+        "echo.interactive",
+        "echo.bulk",
+    ]
+    assert {(queue.exchange.name, queue.no_ack) for queue in queues} == {("", True)}
+
+
+def test_a_task_that_arrives_proves_that_messages_do(app: Celery, host: Any) -> None:
+    """The message that a worker sends to itself does nothing and shows up in no monitor."""
+    assert app.tasks[PROVE]() is None
+    assert app.tasks[PROVE].send_events is False
 
 
 def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery, signed: Callable[..., str]) -> None:
@@ -149,11 +160,23 @@ def test_an_unsigned_revoke_cancels_nothing(app: Celery, host: Any, revoked: lis
     assert revoked == []
 
 
-def test_a_worker_serves_two_tasks_and_no_command_that_hinders_it(app: Celery) -> None:
+def test_a_worker_serves_three_tasks_and_no_command_that_hinders_it(app: Celery) -> None:
     """Celery's own tasks are gone, and nobody on the broker shuts a worker down or takes its queues away."""
-    assert set(app.tasks) == {RUN_JOB, DRAIN}
+    assert set(app.tasks) == {RUN_JOB, DRAIN, PROVE}
     assert {"shutdown", "cancel_consumer", "add_consumer", "pool_shrink", "time_limit"}.isdisjoint(Panel.data)
     assert {"ping", "stats", "active", "registered", "enable_events"} <= set(Panel.data)
+
+
+def test_messages_are_left_to_others_while_a_worker_can_do_nothing_with_them() -> None:
+    """It fetches when it can use what it gets, and a thread is free."""
+    able = free = True
+    qos = SimpleNamespace(can_consume=lambda: free)
+    fetch_while(lambda: able, qos)
+    assert qos.can_consume()
+    able = False
+    assert not qos.can_consume()
+    able, free = True, False
+    assert not qos.can_consume()
 
 
 def test_celerys_end_drains_the_host(app: Celery, host: Any) -> None:

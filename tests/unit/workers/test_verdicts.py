@@ -28,6 +28,7 @@ TIMINGS = Timings(
     busy_seconds=3.6,
 )
 PASSING = Failure("engine_error", "a step failed", retryable=True)
+CROWD = Failure("engine_lost", "it died", retryable=True, in_company=True)
 LASTING = Failure("invalid_request", "max_tokens: too many", retryable=False)
 
 
@@ -61,6 +62,8 @@ def ended(outcome: Any, error: Failure | None = None) -> Ended:
         (ended("failed", LASTING), "release", AttemptOutcome.FAILED),
         (ended("failed", LASTING), "cancel", AttemptOutcome.CANCELLED),
         (ended("failed"), None, AttemptOutcome.RETRIED),
+        (ended("failed", CROWD), None, AttemptOutcome.RELEASED),
+        (ended("failed", CROWD), "cancel", AttemptOutcome.CANCELLED),
     ],
 )
 def test_each_end_in_the_engine_has_one_meaning(
