@@ -102,8 +102,8 @@ class Own(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         rows = x.flatten(0, -2).contiguous()
-        out = self.run(self._ops.quantize(rows) if self.quantized else Scaled(rows))
-        return out.values.view(*x.shape[:-1], -1)
+        out = self.run(self._ops.quantize(rows) if self.quantized else Scaled(rows)).values
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def run(self, x: Scaled) -> Scaled:
         """See `Packed`."""

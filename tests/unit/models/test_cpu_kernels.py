@@ -17,6 +17,7 @@ from models.attention import AttentionRules, Chunk, Reference, Step, as_tables
 from models.kernels import cpu
 from models.kernels.cpu import CompiledOps, CpuKernels, Norm, Rotary, Scaled, TorchOps
 from models.kv_pool import KVPool, LayerShape
+from models.linears import Own
 
 TWIN = TorchOps()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -93,6 +94,17 @@ def test_products_equal_torchs(ops: CompiledOps, dtype: torch.dtype, inputs: int
     for bias in (None, torch.randn(outputs).to(dtype)):
         made = ops.product(Scaled(x), cpu.packed_weights(weight, bias, int8=False))
         equal(made, F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_layer_keeps_the_shape_of_what_comes_before(ops: CompiledOps, *, int8: bool) -> None:
+    """Several dimensions, a part of a larger tensor, and no rows: a step that only prefills asks for no logits."""
+    layer = Own(torch.randn(64, 32).bfloat16(), None, ops, int8=int8)
+    x = torch.randn(2, 5, 64).bfloat16()[:, :, ::2]
+    whole = layer(x)
+    assert whole.shape == (2, 5, 64)
+    assert torch.equal(layer(x[1:, 2:4]), whole[1:, 2:4])
+    assert layer(x[:1, :0]).shape == (1, 0, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
