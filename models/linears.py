@@ -1,4 +1,6 @@
-"""Linear layers on a CPU: their weights laid out once, at load, as oneDNN reads them; one handler for each scheme.
+"""Linear layers on a CPU: their weights laid out once, at load, as products read them; one handler for each scheme.
+
+Our own product (`models/kernels/cpu.cpp`) where the CPU has instructions for the type, oneDNN's elsewhere.
 
 Projections of one input are one product: `q_proj`, `k_proj`, `v_proj`, and `gate_proj`, `up_proj`. Their modules stay
 where they were, each handing out its part, so a model's own code runs unchanged. Weights that are packed are freed.
@@ -12,9 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from models.kernels.cpu import ZERO_POINT, Ops, Scaled
+from models.kernels.cpu import ZERO_POINT, CompiledOps, Ops, Scaled, packed_weights
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_INPUTS = 16  # a multiple of this, of our own product: the vectors that quantize its rows
 _LEAST_FEATURES = 32  # a router's scores stay as they are
 _STEPS = ((8, 1), (64, 8), (256, 16), (1 << 60, 64))  # up to so many rows, multiples of this
 
@@ -84,6 +87,27 @@ class Int8(Packed):
             "none", [], "",
         )  # fmt: skip
         return Scaled(out[: len(x.values)], x.scales)
+
+
+class Own(Packed):
+    """For our own product: bfloat16, or as `Int8`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, ops: CompiledOps, *, int8: bool) -> None:
+        super().__init__()
+        self.quantized = int8
+        self._ops = ops
+        self._weights = packed_weights(weight, bias, int8=int8)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        rows = x.flatten(0, -2).contiguous()
+        out = self.run(self._ops.quantize(rows) if self.quantized else Scaled(rows)).values
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def run(self, x: Scaled) -> Scaled:
+        """See `Packed`."""
+        return Scaled(self._ops.product(x, self._weights))
 
 
 class Together:
@@ -160,7 +184,14 @@ def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 def _packed(layers: Sequence[nn.Linear], ops: Ops, *, int8: bool) -> Packed:
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    if isinstance(ops, CompiledOps) and _suits(weight, ops, int8=int8):
+        return Own(weight, bias, ops, int8=int8)
     return Int8(weight, bias, ops) if int8 else Plain(weight, bias)
+
+
+def _suits(weight: Tensor, ops: CompiledOps, *, int8: bool) -> bool:
+    outputs, inputs = weight.shape
+    return outputs % 32 == 0 and inputs % _INPUTS == 0 and ops.multiplies(torch.int8 if int8 else weight.dtype)
 
 
 def _prepackable(dtype: torch.dtype) -> bool:

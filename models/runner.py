@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.attention import NAME, Chunk, Kernels, Step, as_tables, running
 from models.blocks import BlockPool, Lease
+from models.catalog import ModelSpec
 from models.graphs import DecodeGraphs
 from models.kv_pool import KVPool, LayerShape
 from models.protocol import GenerationRequest, ModelLoadError, SamplingParams
@@ -121,7 +122,7 @@ def layer_shapes(model: PreTrainedModel, name: str) -> list[LayerShape]:
     return shapes
 
 
-def check_attention(model: PreTrainedModel, runner: Runner, blocks: BlockPool, name: str) -> None:
+def check_attention(model: PreTrainedModel, runner: Runner, blocks: BlockPool, spec: ModelSpec) -> None:
     """Hold the runner against the model's own attention, on random tokens. Raises `ModelLoadError`.
 
     The reference is transformers' eager attention, the only one that has every rule of every architecture.
@@ -134,9 +135,9 @@ def check_attention(model: PreTrainedModel, runner: Runner, blocks: BlockPool, n
         expected = model(input_ids=prompts.to(model.device), use_cache=False).logits.float()
     model.set_attn_implementation(NAME)
     error = _relative_error(runner, blocks, prompts, expected)
-    is_exact = getattr(model, "hf_quantizer", None) is None
-    if not error <= (_TOLERATED.get(model.dtype, _TOLERATED_ROUGH) if is_exact else _TOLERATED_ROUGH):
-        raise unservable(name, model, f"with our attention its logits differ by {error:.2g} from its own")
+    exact = spec.quantization == "none" and getattr(model, "hf_quantizer", None) is None
+    if not error <= (_TOLERATED.get(model.dtype, _TOLERATED_ROUGH) if exact else _TOLERATED_ROUGH):
+        raise unservable(spec.name, model, f"with our attention its logits differ by {error:.2g} from its own")
 
 
 def _relative_error(runner: Runner, blocks: BlockPool, prompts: Tensor, expected: Tensor) -> float:

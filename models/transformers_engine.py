@@ -72,7 +72,7 @@ class TransformersEngine(BaseEngine):
         may_capture = graphs and model.device.type == "cuda" and type(kernels) is not Reference
         rows_and_blocks = (spec.slots, self._blocks.blocks_for(min(context_tokens, blocks * BLOCK_TOKENS)))
         self._runner = Runner(model, self._pool, kernels, rows_and_blocks if may_capture else None)
-        check_attention(model, self._runner, self._blocks, spec.name)
+        check_attention(model, self._runner, self._blocks, spec)
         self._samplers: dict[Row, Sampler] = {}
         self._eos_token_ids = eos_token_ids(model, prompt_format)
         vocab_tokens = model.config.get_text_config().vocab_size

@@ -1,14 +1,16 @@
-// What a step does between its matrix products, on a CPU. Plain C++ behind a C interface, without torch's headers: it
+// What a step does on a CPU: matrix products, and what lies between them. Plain C++ behind a C interface, without torch's headers: it
 // builds in seconds and fits any torch. `models/kernels/cpu.py` builds it, calls it, and holds the plain-torch twins.
 //
-// T is float or Bf16. Widths are multiples of 16 (head_dim of 32, for the rotation), which the caller checks.
+// T is float or Bf16. Widths are multiples of 16 (head_dim and a product's outputs of 32), which the caller checks.
 
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -17,6 +19,8 @@ constexpr long kLanes = 16;
 constexpr long kTile = 64;           // keys that are scored at once
 constexpr long kQueries = 32;        // rows (token, head) of a KV head that share one reading of its keys, about
 constexpr long kParallel = 1 << 14;  // elements under which waking the threads costs more than the work
+constexpr long kPanel = 2;           // vectors of outputs that a product computes at once
+constexpr long kRows = 12;           // times that many rows: 24 sums, the 32 registers' share
 
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
@@ -213,6 +217,94 @@ Floats multiply_add(Floats total, Words a, Words b) {
   total += reinterpret_cast<Floats>(a << 16) * reinterpret_cast<Floats>(b << 16);
   return total + reinterpret_cast<Floats>(a & 0xffff0000u) * reinterpret_cast<Floats>(b & 0xffff0000u);
 #endif
+}
+
+// Rows of unsigned bytes, weights of signed ones: four of each in a word.
+struct Int8 {};
+
+template <class In>
+struct Sum {
+  using Type = Floats;
+  static Floats add(Floats total, Words a, Words b) { return multiply_add<In>(total, a, b); }
+};
+template <>
+struct Sum<Int8> {
+  using Type = Ints;
+  static Ints add(Ints total, Words a, Words b) {
+#ifdef __AVX512VNNI__
+    return __builtin_ia32_vpdpbusd_v16si(total, reinterpret_cast<Ints>(a), reinterpret_cast<Ints>(b));
+#else
+    for (int at = 0; at < 32; at += 8)
+      total += reinterpret_cast<Ints>(a >> at & 0xffu) * (reinterpret_cast<Ints>(b << (24 - at)) >> 24);
+    return total;
+#endif
+  }
+};
+
+// Where a product's sums go. Those of bytes are brought back to their scale; `shifts` is what the rows' zero point adds.
+template <class T>
+struct Output {
+  T* to;
+  long columns;
+  const T* bias;
+  const float *row_scales, *scales;
+  const int32_t* shifts;
+
+  void put(long row, long column, Floats value) const {
+    store(to + row * columns + column, bias ? value + load(bias + column) : value);
+  }
+  void put(long row, long column, Ints total) const {
+    Floats whole = __builtin_convertvector(total - load_as<Ints>(shifts + column), Floats);
+    put(row, column, whole * (row_scales[row] * load(scales + column)));
+  }
+};
+
+// Memory that will be read next, word by word of a panel.
+struct Ahead {
+  const Words* panel;
+  long words;
+};
+
+template <class In, class T, int ROWS>
+void product_tile(const uint32_t* x, const Words* panel, long depth, Ahead ahead, const Output<T>& out, long row,
+                  long column) {
+  typename Sum<In>::Type total[ROWS][kPanel] = {};
+  for (long d = 0; d < depth; ++d) {
+    if (d < ahead.words)
+      for (long k = 0; k < kPanel; ++k) __builtin_prefetch(ahead.panel + d * kPanel + k, 0, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r)
+      for (long k = 0; k < kPanel; ++k)
+        total[r][k] = Sum<In>::add(total[r][k], Words{} + x[r * depth + d], panel[d * kPanel + k]);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (long k = 0; k < kPanel; ++k) out.put(row + r, column + k * kLanes, total[r][k]);
+}
+
+template <class In, class T, size_t... MORE>
+constexpr auto product_tiles(std::index_sequence<MORE...>) {
+  return std::array{&product_tile<In, T, MORE + 1>...};
+}
+
+// x (rows, depth words) times weights (panels of 32 outputs, depth, 32 words). Each thread reads its panels once, in
+// order: all rows pass while one is in the second-level cache, and meanwhile the next is fetched.
+template <class In, class T>
+void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
+  if (rows == 0) return;
+  static constexpr auto tiles = product_tiles<In, T>(std::make_index_sequence<kRows>());
+  long panels = out.columns / (kPanel * kLanes), blocks = (rows + kRows - 1) / kRows, share = (depth + blocks - 1) / blocks;
+#pragma omp parallel if (rows * depth * out.columns > kParallel)
+  {
+    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), end = panels * (thread + 1) / threads;
+    for (long p = panels * thread / threads; p < end; ++p) {
+      const Words *panel = weights + p * depth * kPanel, *next = panel + depth * kPanel;
+      for (long i = 0; i < blocks; ++i) {
+        long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
+        Ahead ahead{next + i * share * kPanel, p + 1 < end ? std::min(share, depth - i * share) : 0};
+        tiles[count - 1](x + row * depth, panel, depth, ahead, out, row, p * kPanel * kLanes);
+      }
+    }
+  }
 }
 
 // c (rows x 16*columns) += a (rows x depth words) * b (depth words x 16*columns)
@@ -430,7 +522,30 @@ void attention(const Attention<T>& all) {
 
 }  // namespace
 
+// Whether the compiled products are those of the CPU's own instructions; without these oneDNN is faster.
+#ifdef __AVX512BF16__
+extern "C" long multiplies_bfloat16() { return 1; }
+#else
+extern "C" long multiplies_bfloat16() { return 0; }
+#endif
+#ifdef __AVX512VNNI__
+extern "C" long multiplies_int8() { return 1; }
+#else
+extern "C" long multiplies_int8() { return 0; }
+#endif
+
 #define EXPORT(T, SUFFIX)                                                                                             \
+  extern "C" void product_##SUFFIX(T* out, const T* x, const void* weights, const T* bias, long rows, long inputs,    \
+                                   long outputs) {                                                                    \
+    product<T, T>(reinterpret_cast<const uint32_t*>(x), static_cast<const Words*>(weights), rows,                     \
+                  inputs / kPerWord<T>, {out, outputs, bias, nullptr, nullptr, nullptr});                             \
+  }                                                                                                                   \
+  extern "C" void product_int8_##SUFFIX(T* out, const uint8_t* x, const float* row_scales, const void* weights,       \
+                                        const float* scales, const int32_t* shifts, const T* bias, long rows,         \
+                                        long inputs, long outputs) {                                                  \
+    product<Int8, T>(reinterpret_cast<const uint32_t*>(x), static_cast<const Words*>(weights), rows, inputs / 4,      \
+                     {out, outputs, bias, row_scales, scales, shifts});                                               \
+  }                                                                                                                   \
   extern "C" void quantize_##SUFFIX(const T* x, uint8_t* bytes, float* scales, long rows, long width) {              \
     quantize<T>(x, {nullptr, bytes, scales}, rows, width);                                                            \
   }                                                                                                                   \

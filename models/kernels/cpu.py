@@ -1,4 +1,4 @@
-"""What a step does between its matrix products, on a CPU: compiled (`cpu.cpp`), or the same in plain torch.
+"""What a step does on a CPU, products and all between them: compiled (`cpu.cpp`), or the same in plain torch.
 
 Linear layers hand on `Scaled` tensors, so that quantized activations never exist in another form: whoever makes a
 layer's input quantizes it on the way, and whoever takes its output multiplies it by what the quantization left out.
@@ -59,6 +59,16 @@ class Rotary:
     bias: Tensor | None  # still to be added
     query_norm: Norm | None  # of each head (Qwen3)
     key_norm: Norm | None
+
+
+class Weights(NamedTuple):
+    """A layer's weights as the compiled product reads them, 32 outputs at a time; see `packed_weights`."""
+
+    words: Tensor  # (out / 32, in / values in a word, 32) int32: a float, two bfloat16, or four bytes
+    bias: Tensor | None
+    dtype: torch.dtype  # of what comes out
+    scales: Tensor | None = None  # (out,) float32, for bytes
+    shifts: Tensor | None = None  # (out,) int32, what `ZERO_POINT` adds to each sum of bytes
 
 
 class Ops(Protocol):
@@ -159,12 +169,44 @@ class CompiledOps:
         )  # fmt: skip
         return qkv.values.view(tokens, -1, how.dim)[:, : how.heads]
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether this CPU has instructions for products of this type (int8: of bytes)."""
+        name = {torch.bfloat16: "multiplies_bfloat16", torch.int8: "multiplies_int8"}.get(dtype)
+        return name is not None and bool(getattr(self._library, name)())
+
+    def product(self, x: Scaled, weights: Weights) -> Tensor:
+        """Rows (rows, in) times the weights, plus the bias: (rows, out)."""
+        (rows, inputs), outputs = x.values.shape, 32 * len(weights.words)
+        out = torch.empty(rows, outputs, dtype=weights.dtype)
+        if weights.scales is None:
+            self.call("product", out, x.values, weights.words, weights.bias, rows, inputs, outputs)
+        else:
+            self.call(
+                "product_int8", out, x.values, x.scales, weights.words, weights.scales, weights.shifts, weights.bias,
+                rows, inputs, outputs,
+            )  # fmt: skip
+        return out
+
     def call(self, name: str, *arguments: Tensor | float | None) -> None:
         """The function of that name for the first argument's type."""
         first = arguments[0]
         assert isinstance(first, Tensor)
         torch.get_num_threads()  # has torch set the thread count of this thread, which the compiled code shares
         getattr(self._library, f"{name}_{_NAMES[first.dtype]}")(*map(_as_c, arguments))
+
+
+def packed_weights(weight: Tensor, bias: Tensor | None, *, int8: bool) -> Weights:
+    """A weight (out, in), out a multiple of 32 and in of 4. `int8`: symmetric, a scale for each output."""
+    if not int8:
+        return Weights(_words(weight), bias, weight.dtype)
+    scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
+    whole = (weight.float() / scales[:, None]).round().to(torch.int8)
+    return Weights(_words(whole), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
+
+
+def _words(weight: Tensor) -> Tensor:
+    words = weight.contiguous().view(torch.int32)  # (out, in / values in a word)
+    return words.view(-1, 32, words.shape[1]).transpose(1, 2).contiguous()
 
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

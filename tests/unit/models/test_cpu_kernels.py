@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
 from models.attention import AttentionRules, Chunk, Reference, Step, as_tables
 from models.kernels import cpu
 from models.kernels.cpu import CompiledOps, CpuKernels, Norm, Rotary, Scaled, TorchOps
 from models.kv_pool import KVPool, LayerShape
+from models.linears import Own
 
 TWIN = TorchOps()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -81,6 +83,48 @@ def test_extreme_values_come_out_as_in_torch(ops: CompiledOps) -> None:
     made, wanted = (o.silu_multiply(gate_up, quantize=False).values for o in (ops, TWIN))
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-30, equal_nan=True)
     assert (ops.quantize(torch.zeros(2, 32)).values == cpu.ZERO_POINT).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (64, 96), (208, 1_056)])
+@pytest.mark.parametrize("rows", [0, 1, 11, 12, 13, 24, 25, 131])
+def test_products_equal_torchs(ops: CompiledOps, dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> None:
+    """Any number of rows, with a bias and without."""
+    x, weight = torch.randn(rows, inputs).to(dtype), (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    for bias in (None, torch.randn(outputs).to(dtype)):
+        made = ops.product(Scaled(x), cpu.packed_weights(weight, bias, int8=False))
+        equal(made, F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_layer_keeps_the_shape_of_what_comes_before(ops: CompiledOps, *, int8: bool) -> None:
+    """Several dimensions, a part of a larger tensor, and no rows: a step that only prefills asks for no logits."""
+    layer = Own(torch.randn(64, 32).bfloat16(), None, ops, int8=int8)
+    x = torch.randn(2, 5, 64).bfloat16()[:, :, ::2]
+    whole = layer(x)
+    assert whole.shape == (2, 5, 64)
+    assert torch.equal(layer(x[1:, 2:4]), whole[1:, 2:4])
+    assert layer(x[:1, :0]).shape == (1, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 12, 40])
+def test_products_of_bytes_are_exact(ops: CompiledOps, dtype: torch.dtype, rows: int) -> None:
+    """Sums of whole numbers, the largest there can be among them, brought back to their scales as in float64."""
+    x, weight, bias = torch.randn(rows, 112).to(dtype), torch.randn(64, 112).to(dtype), torch.randn(64).to(dtype)
+    weight[0], x[0] = 3.0, 2.0
+    weight[1] = -3.0
+    packed = cpu.packed_weights(weight, bias, int8=True)
+    assert packed.scales is not None
+    whole = (weight.float() / packed.scales[:, None]).round().double()
+    bytes_of = ops.quantize(x)
+    assert bytes_of.scales is not None
+    sums = (bytes_of.values.double() - cpu.ZERO_POINT) @ whole.T
+    wanted = sums * (bytes_of.scales[:, None].double() * packed.scales.double()) + bias.double()
+    torch.testing.assert_close(
+        ops.product(bytes_of, packed), wanted.to(dtype), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-5
+    )
+    assert whole[0].unique().tolist() == [127.0]
 
 
 def pool_of(  # noqa: PLR0917

@@ -16,7 +16,7 @@ from models.catalog import ModelSpec
 from models.engine import load_engine
 from models.fused import Stack, prepare_for_cpu
 from models.kernels.cpu import CompiledOps, CpuKernels, Ops, TorchOps, compiled
-from models.linears import Int8, Packed, Part, Plain
+from models.linears import Int8, Own, Packed, Part, Plain
 from models.loading import load_model
 from models.protocol import ModelLoadError
 
@@ -135,6 +135,24 @@ def test_weights_are_not_kept_twice(tiny_model: Load) -> None:
         assert isinstance(attention.q_proj, Part)
         assert isinstance(attention.o_proj, kind)
         assert isinstance(attention.q_proj.together.linear, kind)
+
+
+def test_our_own_product_is_used_where_the_cpu_has_the_instructions(
+    tiny_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 and 8-bit layers of fitting widths; oneDNN's for the others, and in a CPU without them."""
+    ops = ops_of("compiled")
+    assert isinstance(ops, CompiledOps)
+    for has_them in (True, False):
+        monkeypatch.setattr(CompiledOps, "multiplies", lambda _, dtype, yes=has_them: yes and dtype != torch.float32)
+        for quantization, other in (("none", Plain), ("int8-onednn", Int8)):
+            spec = ModelSpec(
+                name="m", path=str(tiny_model("qwen2", hidden_size=128, vocab_size=270)[0]), dtype="bfloat16"
+            )
+            model = load_model(spec, "cpu")
+            prepare_for_cpu(model, quantization, ops=ops)
+            assert isinstance(model.base_model.layers[0].mlp.down_proj, Own if has_them else other)
+            assert isinstance(model.lm_head, Plain)  # 270 outputs: no multiple of 32
 
 
 def test_other_architectures_keep_their_own_layers(tiny_model: Load) -> None:
