@@ -50,16 +50,18 @@ void store(Bf16* to, Floats value) {  // to nearest, ties to even
   std::memcpy(to, &halves, sizeof halves);
 }
 
+Floats turned(Floats value, Ints lanes) {
+  constexpr Ints order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return __builtin_shuffle(value, order ^ lanes);
+}
 float sum(Floats value) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += value[i];
-  return total;
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) value += turned(value, Ints{} + lanes);
+  return value[0];
 }
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 float largest(Floats value) {
-  float best = value[0];
-  for (int i = 1; i < kLanes; ++i) best = std::max(best, value[i]);
-  return best;
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) value = larger(value, turned(value, Ints{} + lanes));
+  return value[0];
 }
 Floats absolute(Floats value) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) & 0x7fffffffu); }
 Floats rounded(Floats value) { return (value + 12582912.f) - 12582912.f; }  // to an integer, if |value| < 2^22
@@ -417,7 +419,7 @@ void score_row(const Attention<T>& all, Floats* scores, T* weights, long first_k
 }
 
 template <class T>
-void attend(const Attention<T>& all, const Task& task, Partial<T>& state) {
+void attend(const Attention<T>& all, const Task& task, const Task& next, Partial<T>& state) {
   long groups = all.groups(), rows = task.tokens * groups, dim = all.heads.dim, columns = dim / kLanes;
   long words = dim / kPerWord<T>, context = all.contexts[task.sequence];
   thread_local std::vector<uint32_t> queries;
@@ -438,12 +440,20 @@ void attend(const Attention<T>& all, const Task& task, Partial<T>& state) {
   for (long tile = task.from; tile < task.to; tile += kTile) {
     for (long k = 0; k < kTile; k += kLanes) {
       long key = std::min(tile + k, (task.to - 1) / kLanes * kLanes);  // past the end: any that exists, for no weight
+      // What comes next, a tile later or in the next task, is fetched meanwhile, some lines at a time.
+      const Task& then = tile + kTile < task.to ? task : next;
+      long later = std::min((&then == &task ? tile + kTile : next.from) + k, (then.to - 1) / kLanes * kLanes);
+      auto key_ahead = reinterpret_cast<const char*>(all.block(all.keys, then.sequence, later, then.kv));
+      auto value_ahead = reinterpret_cast<const char*>(all.block(all.values, then.sequence, later, then.kv));
       auto from = reinterpret_cast<const uint32_t*>(all.block(all.keys, task.sequence, key, task.kv));
-      for (long d = 0; d < words; d += kLanes)
+      for (long d = 0; d < words; d += kLanes) {
+        for (long i = 0; i < kLanes; ++i) __builtin_prefetch(key_ahead + (d / kLanes * kLanes + i) * 64, 0, 3);
         transpose(from + d, words, keys.data() + d * (kTile / kLanes) + k / kLanes, kTile / kLanes);
+      }
       const T* value = all.block(all.values, task.sequence, key, task.kv);
       for (long j = 0; j < kLanes; j += kPerWord<T>)
         for (long c = 0; c < columns; ++c) {
+          __builtin_prefetch(value_ahead + (j * columns + c * kPerWord<T>) * 64 / kPerWord<T>, 0, 3);
           Words& to = values[(k + j) / kPerWord<T> * columns + c];
           const T* at = value + j * dim + c * kLanes;
           to = reinterpret_cast<Words>(load(at));
@@ -512,7 +522,8 @@ void attention(const Attention<T>& all) {
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < tasks * splits; ++i) {
       Task task = task_of(i / splits, i % splits);
-      attend(all, task, splits > 1 ? parts[i] : own);
+      long after = std::min(i + omp_get_num_threads(), tasks * splits - 1);  // ours, if all are equally fast
+      attend(all, task, task_of(after / splits, after % splits), splits > 1 ? parts[i] : own);
       if (splits == 1) finish(all, task, &own, 1);
     }
 #pragma omp for
