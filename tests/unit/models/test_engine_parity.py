@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from models.attention import Reference
 from models.catalog import ModelSpec
 from models.engine import load_engine
+from models.fused import Stack
 from models.protocol import Ended, Event, GenerationRequest
 from models.transformers_engine import TransformersEngine
 
@@ -27,17 +29,37 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
 }
+# With heads wide enough for the fused layers and the compiled attention of CPUs.
+FUSED: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "qwen2": {"hidden_size": 128},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": 8},
+}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "settings", "fused"),
+    [
+        *(pytest.param(name, settings, False, id=name) for name, settings in ARCHITECTURES.items()),
+        *(pytest.param(name, settings, True, id=f"{name}-fused") for name, settings in FUSED.items()),
+    ],
+)
 def test_equals_generate_under_everything_at_once(
-    architecture: str, tiny_model: Callable[..., tuple[Path, Any]], ask: Ask, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    settings: dict[str, Any],
+    tiny_model: Callable[..., tuple[Path, Any]],
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fused: bool,
 ) -> None:
     """Mixed arrival, chunked prefill, prefix hits, preemption and cancelled neighbours change no token."""
-    folder, model = tiny_model(architecture, **ARCHITECTURES[architecture])
+    folder, model = tiny_model(architecture, **settings)
     model.set_attn_implementation("eager")  # the only one that has every rule, Gemma's soft cap too
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     engine = small_engine(folder, model)
+    assert isinstance(engine._runner._kernels, Reference) or _is_fused(engine) is fused
     wanted = requests()
     ended = serve(engine, ask, wanted)
     assert engine._scheduler.preemptions > 0
@@ -51,6 +73,10 @@ def test_equals_generate_under_everything_at_once(
     ties = [gap for gap in mismatches if gap < TIE]
     print(f"{architecture}: {len(ties)} of {PROMPTS} answers differ at a tie")  # noqa: T201  shown by -s
     assert mismatches == ties
+
+
+def _is_fused(engine: TransformersEngine) -> bool:
+    return isinstance(engine._model.base_model.forward, Stack)
 
 
 def small_engine(folder: Path, model: Any, device: str = "cpu") -> TransformersEngine:
