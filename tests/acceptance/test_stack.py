@@ -145,9 +145,10 @@ def test_the_gateways_process_has_no_other_way_into_postgres(ann: User, record: 
 
 
 def test_flower_knows_the_queues_of_the_worker(record: Record) -> None:
-    """Their lengths are on its broker page from the start."""
+    """Their lengths are on its broker page from the start; also of the one in which the worker proves that it consumes."""
     names = {queue["name"] for queue in json.loads(_flower(record, "/api/queues/length"))["active_queues"]}
-    assert names == {"echo.interactive", "echo.bulk"}
+    assert {"echo.interactive", "echo.bulk"} <= names
+    assert [name.partition("-")[0] for name in names - {"echo.interactive", "echo.bulk"}] == ["echo.proof"]
 
 
 def test_a_second_stack_on_the_same_home_is_told_who_has_it(ann: User, record: Record) -> None:
