@@ -145,7 +145,7 @@ def test_the_gateways_process_has_no_other_way_into_postgres(ann: User, record: 
 
 
 def test_flower_knows_the_queues_of_the_worker(record: Record) -> None:
-    """Their lengths are on its broker page from the start; also of the one in which the worker proves that it consumes."""
+    """Their lengths are on its broker page from the start, and that of the one in which the worker proves itself."""
     names = {queue["name"] for queue in json.loads(_flower(record, "/api/queues/length"))["active_queues"]}
     assert {"echo.interactive", "echo.bulk"} <= names
     assert [name.partition("-")[0] for name in names - {"echo.interactive", "echo.bulk"}] == ["echo.proof"]
