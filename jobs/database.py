@@ -59,7 +59,7 @@ _RELAX = text(f"SET LOCAL {_RELAXED}")
 # What is known of a connection.
 _HELD = "held to row security"
 _ACTS_FOR = "acts for"
-_IS_HELD = "SELECT row_security_active('jobs')"
+_IS_HELD = "SELECT row_security_active(oid) FROM pg_class WHERE oid = to_regclass('jobs')"
 _SAY_WHO = "SELECT set_config('headrace.tenant', %s, %s), set_config('headrace.proof', %s, %s)"
 
 
@@ -238,10 +238,12 @@ def driver_of(connection: Connection) -> psycopg.Connection[Any]:
 
 
 def _is_held(driver: psycopg.Connection[Any], known: MutableMapping[Any, Any]) -> bool:
-    """Asked once for each connection."""
+    """Asked once for each connection, as soon as there are tables."""
     if _HELD not in known:
         row = driver.execute(_IS_HELD).fetchone()
-        known[_HELD] = row is not None and row[0]
+        if row is None:
+            return False
+        known[_HELD] = row[0]
     return bool(known[_HELD])
 
 
