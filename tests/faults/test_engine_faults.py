@@ -9,6 +9,7 @@ import pytest
 from jobs.schema import Job
 from jobs.states import State
 from kit.invariants import Witness
+from kit.proxied import DEFAULTS
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
@@ -19,9 +20,10 @@ PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
 
 @pytest.fixture(scope="module")
 def steady(new_system: Callable[..., System]) -> System:
-    """A system with one worker whose engine does what prompts ask of it."""
-    system = new_system(engine_hang_seconds=8.0, lease_seconds=10.0)
+    """With the defaults, one worker whose engine does what prompts ask of it, and is through its first steps."""
+    system = new_system(**DEFAULTS)
     system.start("faulty")
+    system.wait(_submit(system, PROMPT).id)
     return system
 
 
