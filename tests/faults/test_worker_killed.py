@@ -17,6 +17,7 @@ from jobs.leases import Worker
 from jobs.schema import Job
 from jobs.states import FINAL, State, WorkerState
 from kit.proxied import DEFAULTS
+from kit.proxy import Proxy
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
@@ -24,6 +25,7 @@ from kit.workers import START_SECONDS, WorkerProcesses
 
 MANY = 1000
 _ZOMBIE_LEASE_SECONDS = 4.0
+_TO_EXIT_SECONDS = 2.0
 PROMPT = "0123456789" * 5  # one second of the slow engine
 LONG = PROMPT * 4
 
@@ -119,6 +121,21 @@ def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
         system.launch("slow", **DEFAULTS)
     worker.await_gone()
     _assert_all_succeed(system, jobs, ["released", "succeeded"])
+
+
+def test_a_consumer_that_drains_without_postgres_ends_in_time(system: System) -> None:
+    """Its supervisor is gone and Postgres silent, it can commit nothing: after a drain and a lease it ends all the same."""
+    url, drain_seconds = str(system.settings.database_url), 2.0
+    with Proxy.before(url) as proxy:
+        worker = system.start("slow", database_url=proxy.url(url), drain_seconds=drain_seconds)
+        jobs = _begun(system, worker, count=3)
+        bound_seconds = drain_seconds + system.settings.lease_seconds + _TO_EXIT_SECONDS
+        with Recovery("a drain without Postgres", within_seconds=bound_seconds):
+            proxy.silence()
+            worker.supervisor.kill()
+            worker.await_gone()
+    system.start("slow")
+    _assert_all_succeed(system, jobs, ["lost", "succeeded"])
 
 
 def test_jobs_of_a_worker_that_is_killed_as_a_whole_run_elsewhere(system: System) -> None:
