@@ -124,7 +124,7 @@ def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
 
 
 def test_a_consumer_that_drains_without_postgres_ends_in_time(system: System) -> None:
-    """Its supervisor is gone and Postgres silent, it can commit nothing: after a drain and a lease it ends all the same."""
+    """Its supervisor is gone and Postgres silent: it can commit nothing, and ends after a drain and a lease."""
     url, drain_seconds = str(system.settings.database_url), 2.0
     with Proxy.before(url) as proxy:
         worker = system.start("slow", database_url=proxy.url(url), drain_seconds=drain_seconds)
