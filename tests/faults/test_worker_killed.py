@@ -5,19 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Self
 from uuid import UUID
-
-import pytest
 
 from jobs.leases import Worker
 from jobs.schema import Job
 from jobs.states import FINAL, State, WorkerState
-from kit.proxied import DEFAULTS
-from kit.proxy import Proxy
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
@@ -25,17 +19,8 @@ from kit.workers import START_SECONDS, WorkerProcesses
 
 MANY = 1000
 _ZOMBIE_LEASE_SECONDS = 4.0
-_TO_EXIT_SECONDS = 2.0
 PROMPT = "0123456789" * 5  # one second of the slow engine
 LONG = PROMPT * 4
-
-
-@pytest.fixture(scope="module")
-def steady(new_system: Callable[..., System]) -> System:
-    """A system with the default lease and one worker, which several tests harm in turn; it mends itself."""
-    system = new_system(engine_hang_seconds=2.0, **DEFAULTS)
-    system.start("slow")
-    return system
 
 
 def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None:
@@ -71,82 +56,6 @@ def test_a_thousand_jobs_outlive_a_worker_that_is_killed(system: System) -> None
     lost = tables.value("SELECT count(*) FROM attempts WHERE outcome = 'lost'")
     assert 0 < lost < MANY // 4
     assert sum(executed.values()) <= MANY + lost
-
-
-def test_an_engine_that_is_killed_is_started_again_and_its_jobs_run_again(steady: System) -> None:
-    """The engine's death costs jobs that ran side by side no attempt; consumer and supervisor stay."""
-    [worker] = steady.workers
-    consumer, engine = worker.consumer, worker.engine
-    jobs = _begun(steady, worker, count=3)
-
-    with _run_again(jobs, steady, "a killed engine"):
-        engine.kill()
-    _assert_all_succeed(steady, jobs, ["released", "succeeded"])
-    assert worker.engine.pid != engine.pid
-    assert worker.consumer == consumer
-
-
-def test_an_engine_that_does_not_answer_is_killed_and_started_again(steady: System) -> None:
-    """A frozen engine is noticed after HEADRACE_ENGINE_HANG_SECONDS; the worker keeps its lease meanwhile."""
-    [worker] = steady.workers
-    identity, engine = worker.await_ready().id, worker.engine
-    jobs = _begun(steady, worker, count=3)
-
-    engine.suspend()
-    wait_until(lambda: not engine.is_running(), PATIENCE_SECONDS, "the engine is killed")
-    _assert_all_succeed(steady, jobs, ["released", "succeeded"])
-    assert worker.await_ready().id == identity
-
-
-def test_a_consumer_that_is_killed_is_started_again_beside_the_same_engine(steady: System) -> None:
-    """The consumer's death leaves the engine its model; the jobs run again under the new consumer's lease."""
-    [worker] = steady.workers
-    consumer, engine = worker.consumer, worker.engine
-    jobs = _begun(steady, worker, count=3)
-
-    with _run_again(jobs, steady, "a killed consumer"):
-        consumer.kill()
-    _assert_all_succeed(steady, jobs, ["lost", "succeeded"])
-    assert worker.consumer != consumer
-    assert worker.engine == engine
-
-
-def test_engine_and_consumer_end_with_their_supervisor(system: System) -> None:
-    """When the supervisor is killed its children end by themselves, and another worker does their jobs."""
-    worker = system.start("slow", **DEFAULTS)
-    jobs = _begun(system, worker, count=3)
-
-    with _run_again(jobs, system, "a killed supervisor"):
-        worker.supervisor.kill()
-        system.launch("slow", **DEFAULTS)
-    worker.await_gone()
-    _assert_all_succeed(system, jobs, ["released", "succeeded"])
-
-
-def test_a_consumer_that_drains_without_postgres_ends_in_time(system: System) -> None:
-    """Its supervisor is gone and Postgres silent: it can commit nothing, and ends after a drain and a lease."""
-    url, drain_seconds = str(system.settings.database_url), 2.0
-    with Proxy.before(url) as proxy:
-        worker = system.start("slow", database_url=proxy.url(url), drain_seconds=drain_seconds)
-        jobs = _begun(system, worker, count=3)
-        bound_seconds = drain_seconds + system.settings.lease_seconds + _TO_EXIT_SECONDS
-        with Recovery("a drain without Postgres", within_seconds=bound_seconds):
-            proxy.silence()
-            worker.supervisor.kill()
-            worker.await_gone()
-    system.start("slow")
-    _assert_all_succeed(system, jobs, ["lost", "succeeded"])
-
-
-def test_jobs_of_a_worker_that_is_killed_as_a_whole_run_elsewhere(system: System) -> None:
-    """As when a machine is lost: nobody says goodbye, its lease ends, and another worker does its jobs."""
-    worker = system.start("slow", **DEFAULTS)
-    jobs = _begun(system, worker, count=3)
-
-    with _run_again(jobs, system, "a killed worker"):
-        worker.kill()
-        system.launch("slow", **DEFAULTS)
-    _assert_all_succeed(system, jobs, ["lost", "succeeded"])
 
 
 def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(system: System) -> None:
@@ -197,7 +106,7 @@ def test_jobs_whose_workers_die_under_them_end_as_lost_or_cancelled(system: Syst
     [second] = set(workers) - {first}
     first.kill()
     wait_until(lambda: second.has_begun(doomed.id), PATIENCE_SECONDS, "the other works on it")
-    cancelled = _begun(system, second, prompt=LONG)[0]
+    cancelled = _begun(system, second, LONG)
     second.consumer.suspend()
     system.producer.cancel(cancelled.id)
     second.kill()
@@ -228,35 +137,11 @@ def _request(number: int) -> dict[str, Any]:
     return {"model": "wide", "prompt": f"{number:010d}"}
 
 
-def _begun(system: System, worker: WorkerProcesses, count: int = 1, prompt: str = PROMPT) -> list[Job]:
-    """Jobs that the engine works on, one of them in bulk if there are several."""
-    jobs = [system.producer.submit(model="slow", prompt=prompt) for _ in range(max(1, count - 1))]
-    if count > 1:
-        jobs += system.producer.submit_many([{"model": "slow", "prompt": prompt}])
-    wait_until(lambda: worker.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "the engine works on them")
-    return jobs
-
-
-@contextmanager
-def _run_again(jobs: list[Job], system: System, fault: str) -> Iterator[None]:
-    """From the fault, which the block injects, until an engine works on every one of the jobs again."""
-    with Recovery(fault, within_seconds=15):
-        yield
-        wait_until(lambda: all(_times_begun(system, job) == 2 for job in jobs), PATIENCE_SECONDS, "they run again")
-
-
-def _times_begun(system: System, job: Job) -> int:
-    return sum(one.job_id == job.id for worker in system.workers for one in worker.executions())
-
-
-def _assert_all_succeed(system: System, jobs: list[Job], outcomes: list[str]) -> None:
-    """Each with its text and one bill, after attempts that ended like these."""
-    ended = [system.wait(job.id) for job in jobs]
-    charged = len(outcomes) - outcomes.count("released")
-    assert {(job.state, job.text, job.attempts) for job in ended} == {(State.SUCCEEDED, PROMPT, charged)}
-    for job in jobs:
-        assert system.tables.outcomes(job.id) == outcomes
-        assert system.tables.ledger(job.id)["state"] == "succeeded"
+def _begun(system: System, worker: WorkerProcesses, prompt: str) -> Job:
+    """A job that the engine works on."""
+    job = system.producer.submit(model="slow", prompt=prompt)
+    wait_until(lambda: worker.has_begun(job.id), PATIENCE_SECONDS, "the engine works on it")
+    return job
 
 
 def _who_has_begun(workers: list[WorkerProcesses], job: Job) -> WorkerProcesses | None:
