@@ -42,10 +42,10 @@ def test_an_engine_that_hangs_in_a_step_is_not_ready_and_its_jobs_run_again(
         neighbours = [_submit(steady, PROMPT) for _ in range(2)]
         ids = [job.id for job in neighbours]
         wait_until(lambda: worker.has_begun(*ids), PATIENCE_SECONDS, "neighbours run")
-        culprit = _submit(steady, "!hang")
-        with Recovery("a hanging engine, until it is not ready", within_seconds=10):
-            wait_until(lambda: not worker.shows_ready, PATIENCE_SECONDS, "it is not ready")
         with Recovery("a hanging engine, until its jobs are queued", within_seconds=30):
+            with Recovery("a hanging engine, until it is not ready", within_seconds=10):
+                culprit = _submit(steady, "!hang")
+                wait_until(lambda: not worker.shows_ready, PATIENCE_SECONDS, "it is not ready")
             wait_until(lambda: "released" in steady.tables.outcomes(neighbours[0].id), PATIENCE_SECONDS, "given back")
         steady.producer.cancel(culprit.id)  # it would hang again, alone
         witness.saw(culprit, *neighbours)

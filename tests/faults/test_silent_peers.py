@@ -49,7 +49,7 @@ def a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Behind) 
 def a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind) -> None:
     """Redis has handed it out, nobody got it: the row is queued, and its queue is empty."""
     with Recovery("a message lost on the wire", within_seconds=30):
-        behind.broker.blackhole("down")
+        behind.broker.swallow(b"headrace.run_job", "down")
         [job] = behind.submit()
         wait_until(lambda: _is_popped(behind.system), PATIENCE_SECONDS, "the message was popped")
         behind.broker.heal()
