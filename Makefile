@@ -30,7 +30,8 @@ test-clients: $(VENV)/.installed-test ## the gateway with OpenAI's client for No
 	npm install --silent --no-audit --no-fund --prefix .clients openai@6
 	$(BIN)/python -m pytest tests/acceptance/gateway/test_node_client.py $(ARGS)
 
-soak: $(VENV)/.installed-test ## faults against a loaded system (SOAK_SECONDS=600, SOAK_SEED=)
+soak: $(VENV)/.installed-test ## the long fault tests, then a mix of faults under load (SOAK_SECONDS=600, SOAK_SEED=)
+	$(BIN)/python -m pytest tests/faults -m soak $(ARGS)
 	PYTHONPATH=.:tests $(BIN)/python -m kit.soak --seconds $(or $(SOAK_SECONDS),600) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 check: $(VENV)/.installed-check ## lint, format and types; changes nothing

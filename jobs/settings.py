@@ -55,8 +55,9 @@ class Settings(BaseSettings):
     """How long a stopping worker may finish what it runs before it gives rows back."""
     engine_start_seconds: float = Field(900.0, gt=0)
     """How long an engine may take to load its model."""
-    engine_hang_seconds: float = Field(120.0, gt=0)
-    """An engine whose step takes longer is restarted."""
+    engine_hang_seconds: float | None = Field(None, gt=0)
+    """An engine whose step takes longer is restarted. Absent: 20 s, or four times the longest step so far if that is
+    more, up to 120 s; the first steps on a machine, with what they compile, have 120 s."""
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
     """Part of a GPU for a model's weights, keys and values, unless the model's table says otherwise."""
     submit_broker_wait_seconds: float = Field(0.5, ge=0)

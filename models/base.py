@@ -15,6 +15,7 @@ from typing import Any
 
 from models.catalog import ModelSpec
 from models.protocol import (
+    FIRST_STEPS,
     Delta,
     DuplicateRequest,
     Ended,
@@ -61,6 +62,7 @@ class BaseEngine(ABC):
         self._arrivals = itertools.count()
         self._steps = 0
         self._busy_seconds = 0.0
+        self._first_steps_seconds = self._later_steps_seconds = 0.0  # the longest of each
         self._step_began: float | None = None
         self._started_at = time.time()
 
@@ -136,6 +138,8 @@ class BaseEngine(ABC):
             steps=self._steps,
             busy_seconds=self._busy_seconds,
             step_seconds=None if began is None else time.monotonic() - began,
+            first_steps_seconds=self._first_steps_seconds,
+            later_steps_seconds=self._later_steps_seconds,
             started_at=self._started_at,
             pid=os.getpid(),
         )
@@ -227,6 +231,13 @@ class BaseEngine(ABC):
         for advance in advances:
             advance.row.flight.busy_seconds += per_token * advance.processed_tokens
         self._busy_seconds += step_seconds
+        self._count_step(step_seconds)
+
+    def _count_step(self, step_seconds: float) -> None:
+        if self._steps < FIRST_STEPS:
+            self._first_steps_seconds = max(self._first_steps_seconds, step_seconds)
+        else:
+            self._later_steps_seconds = max(self._later_steps_seconds, step_seconds)
         self._steps += 1
 
     def _end(self, ends: Iterable[tuple[Flight, Outcome]]) -> list[Event]:

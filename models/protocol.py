@@ -28,6 +28,7 @@ MAX_LOGPROB_VALUES = 2**18  # of one request; some 8 MB of JSON in its result
 MAX_SCHEMA_BYTES = 64 * 1_024
 MAX_REGEX_BYTES = 4 * 1_024
 MAX_STRUCTURE_CHOICES = 1_024
+FIRST_STEPS = 10  # of an engine, which may be long: kernels are compiled, graphs captured
 
 
 class EngineError(Exception):
@@ -226,6 +227,8 @@ class Health:
     steps: int
     busy_seconds: float  # all steps together; the shares of all requests add up to it
     step_seconds: float | None  # age of the step in progress, None between steps
+    first_steps_seconds: float  # the longest of the first `FIRST_STEPS`, and
+    later_steps_seconds: float  # of all those after them, that are finished
     started_at: float  # seconds since the epoch
     pid: int
 

@@ -85,6 +85,7 @@ class Committer:
         else:
             # Waiters first: whoever waits for a result reads it as soon as it is committed.
             self._tell(settlements, settled)
+            _note_late(settlements, settled)
             for settlement, then in group:
                 _call(then, settlement.id in settled.done)
 
@@ -128,6 +129,12 @@ def _call(then: Then, counted: bool) -> None:  # noqa: FBT001 - the one thing th
         then(counted)
     except Exception:  # the others of the group must hear too
         log.exception("whoever settled cannot be told")
+
+
+def _note_late(settlements: Sequence[Settlement], settled: Settled) -> None:
+    late = [str(settlement.id) for settlement in settlements if settlement.id not in settled.done]
+    if late:
+        log.warning("%d results came too late and changed nothing, others hold their jobs: %s", len(late), late[:10])
 
 
 def _without_result(settlement: Settlement) -> Settlement:

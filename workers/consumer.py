@@ -260,6 +260,7 @@ def _end_our_way(app: Celery, host: Host) -> None:
 
 def _end(host: Host) -> None:
     """Our own end needs no broker. Celery's waits for one that keeps its connections and answers nothing."""
+    _end_in_time(host.settings)
     host.close()
     time.sleep(_CELERY_END_SECONDS)
     log.warning("Celery does not come to its end; this process ends without it")
@@ -268,7 +269,23 @@ def _end(host: Host) -> None:
 
 def _end_at_once(host: Host) -> None:
     """What runs ends or is given back; Celery does not hear, and is not waited for. The supervisor starts another."""
+    _end_in_time(host.settings)
     host.close()
+    os._exit(1)
+
+
+def _end_in_time(settings: Settings) -> None:
+    """Without Postgres nothing can be ended or given back: after a drain and a lease others have our rows anyway.
+
+    The supervisor waits no longer either, but may be gone.
+    """
+    timer = threading.Timer(settings.drain_seconds + settings.lease_seconds, _end_now)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_now() -> None:
+    log.error("the drain does not come to its end; this process ends without it")
     os._exit(1)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from models.client import EngineClient, OnEvent
 from models.protocol import Ended, EngineError, GenerationRequest, Health
+from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,16 @@ _HEALTH_SECONDS = 1.0
 class EngineLink:
     """Always the current connection. While there is none, requests end at once as "released": nothing ran."""
 
-    def __init__(self, socket_path: Path, hang_seconds: float) -> None:
+    def __init__(self, socket_path: Path, watchdog: Watchdog) -> None:
         self._path = socket_path
-        self._hang_seconds = hang_seconds
+        self._watchdog = watchdog
         self._client: EngineClient | None = None
         self._stop = threading.Event()
         self.ready = threading.Event()
         self.busy_seconds = 0.0  # of every engine since `open`, as far as `health` was asked
         self._last: Health | None = None
-        self._pid = 0
-        self._answered_at = 0.0
+        self._heard: Health | None = None  # the last word of the engine that is connected, from then on
+        self._heard_at = 0.0
         self._thread = threading.Thread(target=self._keep_connected, name="engine-link", daemon=True)
 
     def open(self, timeout_seconds: float) -> Health:
@@ -72,9 +73,11 @@ class EngineLink:
         if client is None:
             return None
         health = self._ask(client)
+        heard = health or self._heard
+        assert heard is not None
         stuck_seconds = self._stuck_seconds(client, health)
-        if stuck_seconds > self._hang_seconds:
-            self._kill(stuck_seconds)
+        if stuck_seconds > self._watchdog.patience_seconds(heard):
+            self._kill(heard.pid, stuck_seconds)
             return None
         return health
 
@@ -89,8 +92,7 @@ class EngineLink:
     def _connect(self, timeout_seconds: float) -> Health:
         client = EngineClient(self._path)
         health = client.connect(timeout_seconds)
-        self._answered_at = time.monotonic()
-        self._pid = health.pid
+        self._hear(health)
         self._client = client
         self.ready.set()
         return health
@@ -107,7 +109,7 @@ class EngineLink:
         """How long one step has lasted, or nothing was answered although the connection stands."""
         if health is not None:
             return health.step_seconds or 0.0
-        return 0.0 if client.lost.is_set() else time.monotonic() - self._answered_at
+        return 0.0 if client.lost.is_set() else time.monotonic() - self._heard_at
 
     def _take_note(self, health: Health) -> None:
         """Add what the engine has worked since it was asked last; one that is new has worked for us alone."""
@@ -115,12 +117,16 @@ class EngineLink:
         earlier = self._last.busy_seconds if self._last.started_at == health.started_at else 0.0
         self.busy_seconds += health.busy_seconds - earlier
         self._last = health
-        self._answered_at = time.monotonic()
+        self._hear(health)
 
-    def _kill(self, stuck_seconds: float) -> None:
+    def _hear(self, health: Health) -> None:
+        self._heard, self._heard_at = health, time.monotonic()
+        self._watchdog.learn(health)
+
+    def _kill(self, pid: int, stuck_seconds: float) -> None:
         log.error("the engine has not moved for %.0f s; its process is killed", stuck_seconds)
         with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)  # its supervisor starts a new one
+            os.kill(pid, signal.SIGKILL)  # its supervisor starts a new one
 
     def _keep_connected(self) -> None:
         while not self._stop.is_set():

@@ -35,6 +35,7 @@ from workers.health import HealthFolder
 from workers.loops import Loop
 from workers.sweeper import Sweeper
 from workers.telling import PieceTeller
+from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 _LEASE_MARGIN = 0.1
 # How often what is older than `[retention_days]` is deleted; it takes a walk through the jobs.
 _RETENTION_SECONDS = 900.0
-# An engine whose step lasts longer is not counted on; it is killed after HEADRACE_ENGINE_HANG_SECONDS.
+# An engine whose step lasts longer is not counted on; when it is killed, `workers.watchdog` says.
 _LONG_STEP_SECONDS = 5.0
 
 Stop = Literal["cancel", "release", "fence"]
@@ -130,7 +131,7 @@ class Host:
         self.hands = Hands()
         self.draining = threading.Event()
         self.drained_by = threading.Lock()  # held by the one bulk drain that runs
-        self.engine = engine = EngineLink(socket_path, settings.engine_hang_seconds)
+        self.engine = engine = EngineLink(socket_path, Watchdog(settings.engine_hang_seconds))
         self.company = Company(lambda: engine.open_requests)
         self.format = load_prompt_format(spec)
         self._health = health

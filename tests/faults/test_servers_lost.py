@@ -43,21 +43,27 @@ def test_queued_jobs_outlive_a_flush_of_redis(
     assert _executions(worker, jobs) == [1] * len(jobs)
 
 
-def test_bulk_and_interactive_jobs_outlive_a_restart_of_redis(
-    fragile_system: System, own_servers: Servers, worker: WorkerProcesses
+@pytest.mark.parametrize("seconds", [6.0, pytest.param(60.0, marks=pytest.mark.soak)])
+def test_bulk_and_interactive_jobs_outlive_a_redis_that_is_down(
+    fragile_system: System, own_servers: Servers, worker: WorkerProcesses, seconds: float
 ) -> None:
-    """While Redis is down bulk rows drain and submits succeed; when it is back, what was submitted meanwhile runs."""
+    """While Redis is down submits succeed all the time and bulk rows drain; when it is back, what has waited runs."""
     identity = worker.await_ready().id
-    before = [*_submit(fragile_system, 3), *_submit_bulk(fragile_system, 10)]
-    own_servers.redis.stop()
-    meanwhile = [*_submit_bulk(fragile_system, 10), *_submit(fragile_system, 3)]
-    bulk = [job for job in [*before, *meanwhile] if job.lane is Lane.BULK]
-    _assert_all_succeed(fragile_system, bulk)
-    assert fragile_system.producer.get(meanwhile[-1].id).state is State.QUEUED
+    with Witness(fragile_system) as witness:
+        before = [*_submit(fragile_system, 3), *_submit_bulk(fragile_system, 10)]
+        own_servers.redis.stop()
+        meanwhile = _submit_every_second(fragile_system, seconds)
+        bulk = [job for job in [*before, *meanwhile] if job.lane is Lane.BULK]
+        _assert_all_succeed(fragile_system, bulk)
+        waiting = [job for job in meanwhile if job.lane is Lane.INTERACTIVE]
+        assert {fragile_system.producer.get(job.id).state for job in waiting} == {State.QUEUED}
 
-    with Recovery("a Redis that was down", within_seconds=30):
-        own_servers.redis.start()
+        with Recovery(f"a Redis that was down for {seconds:g} s", within_seconds=30):
+            own_servers.redis.start()
+            wait_until(lambda: worker.has_begun(*(job.id for job in waiting)), PATIENCE_SECONDS, "all run")
         _assert_all_succeed(fragile_system, [*before, *meanwhile])
+        witness.saw(*before, *meanwhile)
+        witness.check()
     assert worker.await_ready().id == identity
 
 
@@ -151,7 +157,7 @@ def test_jobs_outlive_sessions_that_are_ended_every_second(
     assert len(witness.first_read) >= 9 * rounds
 
 
-@pytest.mark.parametrize("seconds", [8.0, pytest.param(300.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [8.0, pytest.param(300.0, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_jobs_outlive_a_postgres_that_stops_and_starts(
     fragile_system: System, own_servers: Servers, worker: WorkerProcesses, seconds: float
 ) -> None:
@@ -175,6 +181,17 @@ def _submit(system: System, count: int) -> list[Job]:
 
 def _submit_bulk(system: System, count: int, model: str = "slow") -> list[Job]:
     return system.producer.submit_many({"model": model, "prompt": PROMPT} for _ in range(count))
+
+
+def _submit_every_second(system: System, seconds: float) -> list[Job]:
+    """A job alone and two in bulk each second, all of them accepted."""
+    jobs: list[Job] = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        due = time.monotonic() + 1.0
+        jobs += [*_submit(system, 1), *_submit_bulk(system, 2)]
+        wait_until(lambda due=due: time.monotonic() >= due, PATIENCE_SECONDS, "a second is over")
+    return jobs
 
 
 def _in(system: System, state: State) -> list[Job]:

@@ -15,7 +15,6 @@ import pytest
 from sqlalchemy import Connection, text
 
 from jobs.database import Database
-from jobs.dispatch import celery_app
 from jobs.errors import StoreUnavailable
 from jobs.schema import Job
 from jobs.states import Lane, State
@@ -50,7 +49,7 @@ def a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Behind) 
 def a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind) -> None:
     """Redis has handed it out, nobody got it: the row is queued, and its queue is empty."""
     with Recovery("a message lost on the wire", within_seconds=30):
-        behind.broker.blackhole("down")
+        behind.broker.swallow(b"headrace.run_job", "down")
         [job] = behind.submit()
         wait_until(lambda: _is_popped(behind.system), PATIENCE_SECONDS, "the message was popped")
         behind.broker.heal()
@@ -58,14 +57,15 @@ def a_popped_message_that_is_lost_on_the_wire_is_sent_again(behind: Behind) -> N
     assert behind.system.tables.outcomes(job.id) == ["succeeded"]
 
 
-def a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_same_engine(behind: Behind) -> None:
-    """Lease and engine are well, the connection too, and nothing arrives: only the proof tells."""
+def a_consumer_that_gets_no_messages_is_started_again_beside_the_same_engine(behind: Behind) -> None:
+    """Lease and engine are well, connections too, dialling again does not help: only the proof tells."""
     consumer, engine = behind.worker.consumer, behind.worker.engine
-    with Recovery("a consumer that stopped consuming", within_seconds=30):
-        _cancel_consumers(behind.system)
+    with Recovery("a consumer that gets no messages", within_seconds=30):
+        behind.broker.swallow(b"BRPOP", "up")
         jobs = behind.submit(2)
+        wait_until(lambda: behind.worker.consumer != consumer, PATIENCE_SECONDS, "the consumer is started again")
+        behind.broker.heal()
         behind.await_success(jobs)
-    assert behind.worker.consumer != consumer
     assert behind.worker.engine == engine
 
 
@@ -152,14 +152,6 @@ def _another(system: System) -> Iterator[WorkerProcesses]:
         worker.close()
 
 
-def _cancel_consumers(system: System) -> None:
-    """What anybody with access to the broker can tell a worker."""
-    control = celery_app(system.settings).control
-    [queues] = control.inspect(timeout=PATIENCE_SECONDS, limit=1).active_queues().values()
-    for queue in queues:
-        control.cancel_consumer(queue["name"])
-
-
 @contextmanager
 def _locked(behind: Behind, job: Job) -> Iterator[None]:
     """A client behind the proxy has locked the job's row, and will say no more word."""
@@ -196,7 +188,7 @@ def _cancels(system: System, job: Job) -> bool:
 SCENARIOS: list[Scenario] = [
     a_worker_whose_redis_connections_fell_silent_consumes_again,
     a_popped_message_that_is_lost_on_the_wire_is_sent_again,
-    a_worker_that_was_told_to_consume_no_more_is_started_again_beside_the_same_engine,
+    a_consumer_that_gets_no_messages_is_started_again_beside_the_same_engine,
     jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere,
     a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_lease_ends,
     a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only,

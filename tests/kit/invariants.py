@@ -93,12 +93,14 @@ class Witness:
         self._claims_forgotten = claims_forgotten
         self.first_read: dict[UUID, str] = {}  # digest of each result when it was first seen
         self._changed: set[UUID] = set()
+        self._earlier: set[UUID] = set()  # tokens of what was computed before: a crash may have forgotten their claims
         self._accepted: set[UUID] = set()
         self._system = system
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="witness")
 
     def __enter__(self) -> Self:
+        self._earlier = set(self._executed())
         self._thread.start()
         return self
 
@@ -130,13 +132,16 @@ class Witness:
 
     def _wrong_executions(self, tables: Tables) -> list[str]:
         """Nothing is computed but under a claim, and once for each."""
-        executed = Counter(one.token for worker in self._system.workers for one in worker.executions())
+        executed = Counter(token for token in self._executed() if token not in self._earlier)
         known = {row[0] for row in _rows(tables, _TOKENS)}
         unknown = set() if self._claims_forgotten else executed.keys() - known
         twice = [token for token, times in executed.items() if times > 1]
         broken = [f"{token} was computed and never claimed" for token in unknown]
         broken += [f"{token} was computed twice" for token in twice]
         return [f"I5 one attempt at a time: {what}" for what in broken]
+
+    def _executed(self) -> list[UUID]:
+        return [one.token for worker in self._system.workers for one in worker.executions()]
 
     def _all_ended(self) -> bool:
         with suppress(psycopg.Error):

@@ -59,10 +59,15 @@ Scenario: TypeAlias = Callable[[Behind], None]
 
 
 @contextmanager
-def side_by_side(scenarios: Sequence[Scenario], new_system: Callable[..., System]) -> Iterator[dict[str, Future[None]]]:
-    """Start all of them at once, each with a worker that consumes; how each came out, by its name."""
+def side_by_side(
+    scenarios: Sequence[Scenario], new_system: Callable[..., System], **changes: float
+) -> Iterator[dict[str, Future[None]]]:
+    """Start all of them at once, each with a worker that consumes; how each came out, by its name.
+
+    `changes`: settings that are not the defaults.
+    """
     with ExitStack() as stack:
-        places = [stack.enter_context(_behind(new_system(**DEFAULTS))) for _ in scenarios]
+        places = [stack.enter_context(_behind(new_system(**DEFAULTS, **changes))) for _ in scenarios]
         for place in places:
             place.await_success(place.submit())
         with ThreadPoolExecutor(len(scenarios)) as threads:

@@ -35,6 +35,7 @@ class Rule:
     """What becomes of the bytes of one direction."""
 
     swallow: bool = False  # neither bytes nor the connection's end are passed on
+    unheard: bytes | None = None  # a chunk with these in it is swallowed
     delay_seconds: float = 0.0  # for each chunk
     bytes_per_second: float | None = None
     cut_after_bytes: int | None = None  # of each connection, from now on; then both ends see a reset
@@ -127,6 +128,10 @@ class Proxy:
         """Swallow what goes this way; the other way goes on."""
         self.rule(directions, lambda rule: replace(rule, swallow=True), new_too=new_too)
 
+    def swallow(self, words: bytes, direction: Direction) -> None:
+        """Chunks with these words in them get lost, all others pass: a command that is never heard, say."""
+        self.rule([direction], lambda rule: replace(rule, unheard=words))
+
     def delay(self, seconds: float, *directions: Direction) -> None:
         """Each chunk of bytes arrives this much later."""
         self.rule(directions or BOTH, lambda rule: replace(rule, delay_seconds=seconds))
@@ -218,7 +223,7 @@ class Proxy:
 
     async def _pass(self, link: _Link, direction: Direction, data: bytes, sink: asyncio.StreamWriter) -> None:
         rule = link.rules[direction]
-        if rule.swallow:
+        if rule.swallow or (rule.unheard is not None and rule.unheard in data):
             return
         if rule.lost_share and self._random.random() < rule.lost_share:
             link.cut()

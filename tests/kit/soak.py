@@ -241,6 +241,12 @@ def poison(soak: Soak) -> None:
     _submit(soak, {"model": "faulty", "prompt": "!exit"})
 
 
+@fault
+def hang(soak: Soak) -> None:
+    """A job that stops its engine in a step, beside others and then alone."""
+    _submit(soak, {"model": "faulty", "prompt": "!hang", "max_attempts": 1})
+
+
 # == load ========================================================================================================
 
 

@@ -115,6 +115,17 @@ def test_one_direction_is_swallowed_and_the_other_is_not(
     assert (b"lost?" in server.received) == (direction == "down")
 
 
+def test_one_command_is_not_heard_and_others_are(proxy: Proxy, client: socket.socket, server: EchoServer) -> None:
+    """What has the words in it is swallowed, on connections to come too; what has not passes."""
+    proxy.swallow(b"FETCH", "up")
+    with _dial(proxy) as again:
+        for connection in (client, again):
+            connection.sendall(b"please FETCH")
+            assert _is_silent(connection)
+            assert _ask(connection, b"put") == b"put"
+    assert b"FETCH" not in server.received
+
+
 def test_a_silent_peer_keeps_its_connections_and_says_no_goodbye(
     proxy: Proxy, client: socket.socket, server: EchoServer
 ) -> None:

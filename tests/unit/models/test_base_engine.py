@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from models import base as module
 from models.base import BaseEngine
 from models.catalog import ModelSpec
-from models.protocol import Ended, Event, Failure, GenerationRequest, InvalidRequest, Started
+from models.protocol import FIRST_STEPS, Ended, Event, Failure, GenerationRequest, InvalidRequest, Started
 from models.rows import Advance, Row
 from models.scheduler import Plan, SlotScheduler
 
@@ -245,6 +248,19 @@ def test_health_says_how_long_the_step_has_run(ask: Ask) -> None:
     assert ages[0].running == 1
     assert engine.health().step_seconds is None
     assert (engine.health().steps, engine.health().running) == (1, 0)
+
+
+def test_health_tells_the_longest_steps(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones, which compile, apart from all others; a step in progress is none of them yet."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    engine, seconds = Scripted(), [30.0, 2.0, *[1.0] * (FIRST_STEPS - 2), 0.25, 4.0, 0.5]
+    engine.submit(ask("a", "p", len(seconds)))
+    for one in seconds:
+        engine.fault = lambda _, one=one: setattr(clock, "now", clock.now + one) or {}
+        engine.step()
+    health = engine.health()
+    assert (health.steps, health.first_steps_seconds, health.later_steps_seconds) == (len(seconds), 30.0, 4.0)
 
 
 def test_close_forgets_everything(ask: Ask) -> None:

@@ -117,8 +117,10 @@ def test_a_group_has_a_largest_size(store: FakeStore, told: Told) -> None:
     assert [len(group) for group in store.groups] == [1, GROUP_ROWS, 1]
 
 
-def test_whoever_settles_hears_whether_it_counted(store: FakeStore, told: Told) -> None:
-    """False for a job that has become somebody else's, and it leaves our hands all the same."""
+def test_whoever_settles_hears_whether_it_counted(
+    store: FakeStore, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    """False for a job that has become somebody else's: it leaves our hands all the same, and the log names it."""
     store.gate.set()
     ours, stale = settlement(), settlement()
     store.stale = {stale.id}
@@ -127,6 +129,9 @@ def test_whoever_settles_hears_whether_it_counted(store: FakeStore, told: Told) 
         assert settle(committer, stale).result(PATIENCE_SECONDS) is False
     assert told.tokens == [ours.token, stale.token]
     assert told.done == {ours.id}
+    [late] = [message for message in caplog.messages if "came too late" in message]
+    assert str(stale.id) in late
+    assert str(ours.id) not in late
 
 
 def test_an_outage_of_postgres_is_waited_for(store: FakeStore, told: Told) -> None:

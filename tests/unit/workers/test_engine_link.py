@@ -13,16 +13,17 @@ import pytest
 
 from kit.waiting import wait_until
 from models.client import OnEvent
-from models.protocol import Ended, EngineError, Event, GenerationRequest, Health, SamplingParams
+from models.protocol import FIRST_STEPS, Ended, EngineError, Event, GenerationRequest, Health, SamplingParams
 from workers import engine_link as module
 from workers.engine_link import EngineLink
+from workers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 10.0
 HANG_SECONDS = 30.0
 REQUEST = GenerationRequest("one", (1, 2), SamplingParams(max_tokens=1))
 
 
-def health_of(engine: int, busy_seconds: float = 0.0, step_seconds: float | None = None) -> Health:
+def health_of(engine: int, busy_seconds: float = 0.0, step_seconds: float | None = None, *, steps: int = 0) -> Health:
     """What the engine of that number says of itself."""
     return Health(
         model="echo",
@@ -33,9 +34,11 @@ def health_of(engine: int, busy_seconds: float = 0.0, step_seconds: float | None
         context_tokens=100,
         running=0,
         waiting=0,
-        steps=0,
+        steps=steps,
         busy_seconds=busy_seconds,
         step_seconds=step_seconds,
+        first_steps_seconds=0.0,
+        later_steps_seconds=0.0,
         started_at=float(engine),
         pid=engine,
     )
@@ -104,13 +107,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def opened(engines: Engines) -> Iterator[Callable[[Health], EngineLink]]:
+def opened(engines: Engines) -> Iterator[Callable[..., EngineLink]]:
     """Opens a link to an engine."""
     links: list[EngineLink] = []
 
-    def open_link(health: Health) -> EngineLink:
+    def open_link(health: Health, hang_seconds: float | None = HANG_SECONDS) -> EngineLink:
         engines.running = health
-        links.append(EngineLink(Path("/nowhere"), HANG_SECONDS))
+        links.append(EngineLink(Path("/nowhere"), Watchdog(hang_seconds)))
         assert links[-1].open(1.0) == health
         return links[-1]
 
@@ -122,10 +125,10 @@ def opened(engines: Engines) -> Iterator[Callable[[Health], EngineLink]]:
 def test_a_link_without_an_engine_does_not_open(engines: Engines) -> None:
     """The worker cannot begin without its engine."""
     with pytest.raises(EngineError):
-        EngineLink(Path("/nowhere"), HANG_SECONDS).open(0.0)
+        EngineLink(Path("/nowhere"), Watchdog()).open(0.0)
 
 
-def test_requests_without_an_engine_are_released(engines: Engines, opened: Callable[[Health], EngineLink]) -> None:
+def test_requests_without_an_engine_are_released(engines: Engines, opened: Callable[..., EngineLink]) -> None:
     """Between two engines a request ends at once as untouched, and a cancel is ignored."""
     link = opened(health_of(1))
     engines.die()
@@ -138,7 +141,7 @@ def test_requests_without_an_engine_are_released(engines: Engines, opened: Calla
     assert link.health() is None
 
 
-def test_the_next_engine_is_found(engines: Engines, opened: Callable[[Health], EngineLink]) -> None:
+def test_the_next_engine_is_found(engines: Engines, opened: Callable[..., EngineLink]) -> None:
     """After a restart requests go to the new engine."""
     link = opened(health_of(1))
     link.submit([(REQUEST, lambda _: None)])
@@ -151,7 +154,7 @@ def test_the_next_engine_is_found(engines: Engines, opened: Callable[[Health], E
     assert engines.clients[1].cancelled == ["one"]
 
 
-def test_busy_seconds_add_up_over_engines(engines: Engines, opened: Callable[[Health], EngineLink]) -> None:
+def test_busy_seconds_add_up_over_engines(engines: Engines, opened: Callable[..., EngineLink]) -> None:
     """What an engine worked before we came is not ours; what each worked since is, also across a restart."""
     link = opened(health_of(1, busy_seconds=100.0))
     assert link.busy_seconds == 0.0
@@ -167,7 +170,7 @@ def test_busy_seconds_add_up_over_engines(engines: Engines, opened: Callable[[He
     assert link.busy_seconds == 8.5
 
 
-def test_a_step_that_hangs_ends_the_engine(engines: Engines, opened: Callable[[Health], EngineLink]) -> None:
+def test_a_step_that_hangs_ends_the_engine(engines: Engines, opened: Callable[..., EngineLink]) -> None:
     """A step may take as long as the setting says; one that takes longer costs the process its life."""
     link = opened(health_of(7))
     engines.running = health_of(7, step_seconds=HANG_SECONDS)
@@ -179,7 +182,7 @@ def test_a_step_that_hangs_ends_the_engine(engines: Engines, opened: Callable[[H
 
 
 def test_an_engine_that_stays_silent_is_ended(
-    engines: Engines, opened: Callable[[Health], EngineLink], clock: SimpleNamespace
+    engines: Engines, opened: Callable[..., EngineLink], clock: SimpleNamespace
 ) -> None:
     """One that answers nothing at all for as long hangs too; a short silence is only a heartbeat without it."""
     link = opened(health_of(7))
@@ -194,8 +197,22 @@ def test_an_engine_that_stays_silent_is_ended(
     assert engines.killed == [(7, signal.SIGKILL)]
 
 
+def test_an_engine_that_starts_silent_has_the_patience_of_first_steps(
+    engines: Engines, opened: Callable[..., EngineLink], clock: SimpleNamespace
+) -> None:
+    """It is held against what engines here took at first, not against the pace of the one before it."""
+    link = opened(health_of(7, steps=FIRST_STEPS - 1), hang_seconds=None)
+    engines.silent = True
+    clock.now += 120.0
+    assert link.health() is None
+    assert engines.killed == []
+    clock.now += 1.0
+    assert link.health() is None
+    assert engines.killed == [(7, signal.SIGKILL)]
+
+
 def test_an_engine_that_is_gone_is_not_ended_again(
-    engines: Engines, opened: Callable[[Health], EngineLink], clock: SimpleNamespace
+    engines: Engines, opened: Callable[..., EngineLink], clock: SimpleNamespace
 ) -> None:
     """Its number may be another process's by now."""
     link = opened(health_of(7))
