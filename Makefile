@@ -26,9 +26,10 @@ test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; AR
 test-quick: $(VENV)/.installed-test ## only tests/unit, which need no server
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
-test-clients: $(VENV)/.installed-test ## the gateway with OpenAI's client for Node, which this brings into .clients
+CLIENTS := inspect lm-eval schemathesis
+test-clients: $(VENV)/.installed-test $(CLIENTS:%=.clients/%/.installed) ## the gateway with tools of others, each in an environment in .clients
 	npm install --silent --no-audit --no-fund --prefix .clients openai@6
-	$(BIN)/python -m pytest tests/acceptance/gateway/test_node_client.py $(ARGS)
+	$(BIN)/python -m pytest tests/acceptance/gateway/test_node_client.py tests/acceptance/gateway/test_other_clients.py $(ARGS)
 
 soak: $(VENV)/.installed-test ## the long fault tests, then a mix of faults under load (SOAK_SECONDS=600, SOAK_SEED=)
 	$(BIN)/python -m pytest tests/faults -m soak $(ARGS)
@@ -89,4 +90,10 @@ $(VENV)/.pip: constraints.txt
 	} >&2
 	@$(BIN)/python -c 'import pip' 2> /dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	$(PIP_INSTALL) --quiet --upgrade pip
+	@touch $@
+
+# A tool of others that is pointed at the gateway: what it needs is not to mix with ours.
+.clients/%/.installed: tests/clients/%.txt
+	"$(PYTHON)" -m venv --clear .clients/$*
+	.clients/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import bulk, interactive, quality
+from benchmarks import bulk, gateway, interactive, quality
 from benchmarks.engine.measure import measure as measure_engine
 
-STACK = {"bulk": bulk.measure, "interactive": interactive.measure}
+STACK = {"bulk": bulk.measure, "interactive": interactive.measure, "gateway": gateway.measure}
 """Those that run when none is named."""
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     """Returns 0 if every promise holds, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     names = (*STACK, "engine", "quality")
-    parser.add_argument("names", nargs="*", help=f"one or more of {', '.join(names)}; {' and '.join(STACK)} if none")
+    parser.add_argument("names", nargs="*", help=f"one or more of {', '.join(names)}; {', '.join(STACK)} if none")
     parser.add_argument("--quick", action="store_true", help="less of everything, nothing recorded")
     parser.add_argument("--rounds", type=int, help="engine: how often each engine is measured (3)")
     parser.add_argument("--width", type=int, help="engine: rows, instead of the best of 16, 24 and 32")

@@ -44,7 +44,7 @@ def _headrace(running: Servers, requests: int) -> list[float]:
             job = producer.submit(model="echo", messages=[{"role": "user", "content": prompt}])
             assert producer.wait(job.id, 60).text == prompt
 
-        return _time(one, requests)
+        return latencies_of(one, requests)
 
 
 def _celery(running: Servers, requests: int) -> list[float]:
@@ -54,10 +54,11 @@ def _celery(running: Servers, requests: int) -> list[float]:
         def one(prompt: str) -> None:
             assert submit_interactive(uuid4(), prompt) == prompt
 
-        return _time(one, requests)
+        return latencies_of(one, requests)
 
 
-def _time(one: Callable[[str], None], requests: int) -> list[float]:
+def latencies_of(one: Callable[[str], None], requests: int) -> list[float]:
+    """Milliseconds of each request, one after the other; those that warm up are not among them."""
     latencies = []
     for number in range(_WARM_UP + requests):
         started = time.perf_counter()

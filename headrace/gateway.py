@@ -18,6 +18,7 @@ from jobs.settings import Settings
 from jobs.states import Role
 from jobs.tables import LOCAL_TENANT
 
+_PACKAGES = ("fastapi", "httptools", "python_multipart", "uvicorn", "uvloop")
 _PROBE_SECONDS = 5.0
 
 
@@ -55,7 +56,9 @@ def place(port: int | None = None, address: str = LOOPBACK) -> Place:
 
 def installed() -> bool:
     """Whether the extra `headrace[gateway]` is there."""
-    return all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "python_multipart"))
+    return all(
+        importlib.util.find_spec(name) for name in ("fastapi", "httptools", "uvicorn", "uvloop", "python_multipart")
+    )
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from fastapi import FastAPI, Response
 from jobs.keys import Keys
 from producer.client import Producer
 from producer.gateway import batches, completions, conversations, errors, files, models, page, responses
-from producer.gateway.door import Door
+from producer.gateway.document import ERRORS, documented
+from producer.gateway.door import OPEN_PATHS, Door
 from producer.gateway.errors import json_reply
 from producer.gateway.service import opened
 from producer.gateway.sessions import Sessions
@@ -40,11 +41,12 @@ def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
             app.state.gateway = gateway
             yield
 
-    app = FastAPI(title="Headrace", lifespan=life, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="Headrace", lifespan=life, docs_url="/docs", redoc_url=None, responses=ERRORS)
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
     _add_probes(app)
+    app.openapi = documented(app, OPEN_PATHS)  # type: ignore[method-assign]
     settings = producer.settings
     app.add_middleware(
         Door,

@@ -12,6 +12,7 @@ from jobs.api_batches import ApiBatch, Counts
 from jobs.errors import NotFound, RequestInvalid
 from jobs.ids import new_id
 from jobs.states import ApiBatchState
+from producer.gateway.document import BATCH_BODY, query
 from producer.gateway.errors import FINAL, ApiError, json_reply, not_found
 from producer.gateway.files import expiry_seconds, found_file, optional_name, page, unix
 from producer.gateway.intake import idempotency_key_of, json_object, limit_of, metadata_of, required, typed
@@ -25,7 +26,7 @@ WINDOW = "24h"
 _TEXT = "a string"
 
 
-@router.post("/v1/batches")
+@router.post("/v1/batches", openapi_extra=BATCH_BODY)
 async def create(request: Request, visitor: Submitter) -> Response:
     """Make a batch of a file. What is wrong with the file is told by the batch, not here."""
     body = await json_object(request)
@@ -61,7 +62,7 @@ def _output_seconds(body: dict[str, Any]) -> int | None:
     return expiry_seconds(asked.get("seconds"), "output_expires_after.seconds")
 
 
-@router.get("/v1/batches")
+@router.get("/v1/batches", openapi_extra=query("limit", "after"))
 async def list_batches(request: Request, visitor: Reader) -> Response:
     """List batches, the newest first."""
     limit = limit_of(request, 20, 100)

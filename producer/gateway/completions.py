@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from jobs.errors import HeadraceError, RequestInvalid
 from jobs.schema import Job, Usage
+from producer.gateway.document import CHAT_BODY, COMPLETION_BODY
 from producer.gateway.errors import ApiError, json_reply, of_job, translated
 from producer.gateway.intake import idempotency_key_of, json_object, typed
 from producer.gateway.running import PING, EventStream, Flight, Flights, Order, pieces_of, run
@@ -34,14 +35,14 @@ class _Form:
     with_usage: bool
 
 
-@router.post(CHAT)
+@router.post(CHAT, openapi_extra=CHAT_BODY)
 async def chat(request: Request, visitor: Submitter) -> Response:
     """Answer a chat."""
     body = await json_object(request)
     return await _answer(request, visitor, CHAT, body, [body])
 
 
-@router.post(COMPLETIONS)
+@router.post(COMPLETIONS, openapi_extra=COMPLETION_BODY)
 async def complete(request: Request, visitor: Submitter) -> Response:
     """Go on with a text, or with several."""
     body = await json_object(request)

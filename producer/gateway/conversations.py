@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from jobs.conversations import Conversation, Conversations, Item
 from jobs.errors import NotFound, RequestInvalid
 from jobs.ids import new_id
+from producer.gateway.document import CONVERSATION_BODY, ITEMS_BODY, METADATA_BODY, query
 from producer.gateway.errors import json_reply, not_found
 from producer.gateway.files import unix
 from producer.gateway.intake import json_object, limit_of, metadata_of, optional_json_object, order_of
@@ -19,7 +20,7 @@ from producer.openai.items import item_object, item_page, new_items
 router = APIRouter(tags=["conversations"])
 
 
-@router.post("/v1/conversations")
+@router.post("/v1/conversations", openapi_extra=CONVERSATION_BODY)
 async def create(request: Request, visitor: Submitter) -> Response:
     """Begin a conversation."""
     body = await optional_json_object(request)
@@ -35,7 +36,7 @@ async def get_conversation(name: str, visitor: Reader) -> Response:
     return json_reply(conversation_object(await found_conversation(visitor, name)))
 
 
-@router.post("/v1/conversations/{name}")
+@router.post("/v1/conversations/{name}", openapi_extra=METADATA_BODY)
 async def update(name: str, request: Request, visitor: Submitter) -> Response:
     """Replace a conversation's metadata."""
     metadata = metadata_of(await json_object(request))
@@ -51,7 +52,7 @@ async def delete(name: str, visitor: Submitter) -> Response:
     return json_reply({"id": name, "object": "conversation.deleted", "deleted": True})
 
 
-@router.post("/v1/conversations/{name}/items")
+@router.post("/v1/conversations/{name}/items", openapi_extra=ITEMS_BODY)
 async def add(name: str, request: Request, visitor: Submitter) -> Response:
     """Put items behind what is there."""
     items = _screened(visitor, await json_object(request))
@@ -62,7 +63,7 @@ async def add(name: str, request: Request, visitor: Submitter) -> Response:
     return json_reply(item_page(items, after=None, limit=len(items), ascending=True))
 
 
-@router.get("/v1/conversations/{name}/items")
+@router.get("/v1/conversations/{name}/items", openapi_extra=query("limit", "order", "after"))
 async def list_items(name: str, request: Request, visitor: Reader) -> Response:
     """List a conversation's items, the newest first."""
     limit, ascending = limit_of(request, 20, 100), order_of(request) == "asc"

@@ -16,6 +16,7 @@ from jobs.errors import NotFound, RequestInvalid
 from jobs.files import PIECE_BYTES, File, FileWriter
 from jobs.ids import new_id
 from producer.batch_runs import OUTPUT_SECONDS
+from producer.gateway.document import FILE_BODY, query
 from producer.gateway.errors import json_reply, not_found
 from producer.gateway.intake import limit_of, order_of
 from producer.gateway.names import FILE, cursor_of, id_of, named
@@ -30,7 +31,7 @@ _FORM_FIELDS = 16
 _NAME_CHARACTERS = 255
 
 
-@router.post("/v1/files")
+@router.post("/v1/files", openapi_extra=FILE_BODY)
 async def upload(request: Request, visitor: Submitter) -> Response:
     """Store a file. What is in it is looked at when a batch is made of it."""
     async with request.form(max_files=1, max_fields=_FORM_FIELDS, max_part_size=PIECE_BYTES) as form:
@@ -88,7 +89,7 @@ def expiry_seconds(value: Any, field: str) -> int:
     return int(digits)
 
 
-@router.get("/v1/files")
+@router.get("/v1/files", openapi_extra=query("purpose", "limit", "order", "after"))
 async def list_files(request: Request, visitor: Reader) -> Response:
     """List files."""
     limit, query = limit_of(request, MAX_LISTED, MAX_LISTED), request.query_params

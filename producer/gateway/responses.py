@@ -15,6 +15,7 @@ from jobs.schema import Call, Job, JobRequest, Message
 from jobs.states import State
 from producer.following import Ear
 from producer.gateway.conversations import found_conversation
+from producer.gateway.document import RESPONSE_BODY, query
 from producer.gateway.errors import ApiError, json_reply, not_found, translated
 from producer.gateway.intake import idempotency_key_of, json_object, limit_of, order_of, typed
 from producer.gateway.names import RESPONSE, id_of
@@ -48,7 +49,7 @@ _ECHOED = (
 _COMPLETION_WINDOWS = ("soonest", "2h", "8h")
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", openapi_extra=RESPONSE_BODY)
 async def create(request: Request, visitor: Submitter) -> Response:
     """Answer; in the background, the response is there at once and its answer later."""
     body = await json_object(request)
@@ -182,7 +183,7 @@ def _messages_up_to(visitor: Visitor, job: Job, request: JobRequest) -> tuple[Me
     return (*said, *(request.messages or ()), Message(role="assistant", content=job.text))
 
 
-@router.post("/v1/responses/input_tokens")
+@router.post("/v1/responses/input_tokens", openapi_extra=RESPONSE_BODY)
 async def count_tokens(request: Request, visitor: Submitter) -> Response:
     """Count the tokens that a request would have."""
     order = await _order(visitor, await json_object(request), None)
@@ -198,7 +199,7 @@ async def count_tokens(request: Request, visitor: Submitter) -> Response:
 # == afterwards =================================================================================================
 
 
-@router.get("/v1/responses/{name}")
+@router.get("/v1/responses/{name}", openapi_extra=query("stream", "starting_after"))
 async def retrieve(name: str, request: Request, visitor: Reader) -> Response:
     """The response as it is now, or all of its events and those to come."""
     response_id = id_of(RESPONSE, "response", name)
@@ -247,7 +248,7 @@ async def delete(name: str, visitor: Submitter) -> Response:
     return json_reply({"id": name, "object": "response", "deleted": True})
 
 
-@router.get("/v1/responses/{name}/input_items")
+@router.get("/v1/responses/{name}/input_items", openapi_extra=query("limit", "order", "after"))
 async def list_input_items(name: str, request: Request, visitor: Reader) -> Response:
     """List what was asked, the newest first."""
     limit, ascending = limit_of(request, 20, 100), order_of(request) == "asc"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
-import uvicorn
 from sqlalchemy import make_url
 
 from jobs.access import admit_gateway
@@ -18,7 +17,7 @@ from jobs.keys import ApiKey, Keys
 from jobs.settings import Settings
 from kit.waiting import wait_until
 from producer.client import Producer
-from producer.gateway.app import create_app
+from producer.gateway.serving import server_of
 
 START_SECONDS = 30.0
 # Roles are the whole server's: every test's gateway is the same user.
@@ -66,8 +65,7 @@ def gateway_on(settings: Settings) -> Iterator[RunningGateway]:
 
 @contextmanager
 def _serving(producer: Producer) -> Iterator[str]:
-    config = uvicorn.Config(create_app(producer), host="127.0.0.1", port=0, log_config=None, lifespan="on")
-    server = uvicorn.Server(config)
+    server = server_of(producer, 0)
     thread = threading.Thread(target=server.run, name="gateway", daemon=True)
     thread.start()
     try:

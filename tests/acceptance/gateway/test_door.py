@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -279,6 +280,28 @@ def test_a_long_body_without_a_length_is_refused(http: httpx2.Client) -> None:
     except httpx2.TransportError:
         return  # it hung up on us
     assert reply.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        ("GET /health HTTP/1.1\r\n", "X: y\r\n"),
+        ("GET /health HTTP/1.1\r\nX: ", "y"),
+        ("GET /", "x"),
+        (f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{{\r\n0\r\n", "X: y\r\n"),
+    ],
+    ids=["headers", "header", "address", "trailers"],
+)
+def test_a_head_without_an_end_is_refused(gateway: RunningGateway, begin: str, piece: str) -> None:
+    """Long before it fills the memory, whichever part of it does not end."""
+    address = urlsplit(gateway.url)
+    most, sent, block = 50_000_000, 0, piece.encode() * (65_536 // len(piece))
+    with socket.create_connection((address.hostname, address.port)) as connection, suppress(ConnectionError):
+        connection.sendall(begin.encode())
+        while sent < most:
+            connection.sendall(block)
+            sent += len(block)
+    assert sent < most
 
 
 def test_memory_stays_flat(http: httpx2.Client) -> None:

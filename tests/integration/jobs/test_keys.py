@@ -11,7 +11,7 @@ import pytest
 from jobs import keys as keys_module
 from jobs.database import Database
 from jobs.errors import Forbidden, NotFound, Unauthorized
-from jobs.keys import CACHE_SECONDS, ApiKey, Keys, Role
+from jobs.keys import CACHE_SECONDS, ApiKey, Keys, Role, digest_of
 from kit.contract import Tables
 
 REVOKED_WITHIN_SECONDS = 5.0
@@ -102,13 +102,15 @@ def test_a_revoked_key_is_refused_at_once_here_and_soon_elsewhere(database: Data
 def test_a_key_is_not_looked_up_at_every_request(database: Database, clock: Clock, transactions: list[object]) -> None:
     """Within seconds one look is enough."""
     keys = Keys(database)
-    _, secret = keys.create("acme")
+    key, secret = keys.create("acme")
     keys.authenticate(secret)
     before = len(transactions)
     for _ in range(10):
         keys.authenticate(secret)
+    assert keys.remembered(digest_of(secret)) == key
     assert len(transactions) == before
     clock.now += CACHE_SECONDS
+    assert keys.remembered(digest_of(secret)) is None
     keys.authenticate(secret)
     assert len(transactions) == before + 1
 
