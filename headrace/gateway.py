@@ -19,6 +19,7 @@ from jobs.states import Role
 from jobs.tables import LOCAL_TENANT
 
 _PROBE_SECONDS = 5.0
+_EXTRA = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def place(port: int | None = None, address: str = LOOPBACK) -> Place:
 
 def installed() -> bool:
     """Whether the extra `headrace[gateway]` is there."""
-    return all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "python_multipart"))
+    return all(importlib.util.find_spec(name) for name in _EXTRA)
 
 
 @contextmanager
