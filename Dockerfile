@@ -1,6 +1,6 @@
 # Two images of one application, both run as an ordinary user on a read-only file system:
 #
-#   docker build --target server .    migrate, flower, producers: no torch
+#   docker build --target server .    migrate, gateway, flower, producers: no torch
 #   docker build .                    the worker: the same, and what holds a model
 #
 # The worker's torch is the package index's own wheel, which on x86-64 Linux carries CUDA and does without a GPU too.
@@ -26,12 +26,13 @@ COPY constraints.txt /
 RUN python -m venv /opt/headrace \
  && /opt/headrace/bin/python -m pip install --no-cache-dir --constraint /constraints.txt --upgrade pip
 COPY --from=wheel /wheels /wheels
-RUN /opt/headrace/bin/python -m pip install --no-cache-dir --constraint /constraints.txt "$(echo /wheels/*.whl)[flower]"
+RUN /opt/headrace/bin/python -m pip install --no-cache-dir --constraint /constraints.txt \
+    "$(echo /wheels/*.whl)[flower,gateway]"
 
 FROM server-environment AS worker-environment
 ARG TORCH_INDEX_URL=
 RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX_URL}" /opt/headrace/bin/python -m pip install --no-cache-dir \
-    --constraint /constraints.txt "$(echo /wheels/*.whl)[flower,worker]"
+    --constraint /constraints.txt "$(echo /wheels/*.whl)[flower,gateway,worker]"
 
 # -- what runs --
 FROM python:${PYTHON_VERSION}-slim AS runtime

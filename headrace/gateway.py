@@ -18,8 +18,8 @@ from jobs.settings import Settings
 from jobs.states import Role
 from jobs.tables import LOCAL_TENANT
 
-_PACKAGES = ("fastapi", "httptools", "python_multipart", "uvicorn", "uvloop")
 _PROBE_SECONDS = 5.0
+_EXTRA = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn", "uvloop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,7 @@ def place(port: int | None = None, address: str = LOOPBACK) -> Place:
 
 def installed() -> bool:
     """Whether the extra `headrace[gateway]` is there."""
-    return all(
-        importlib.util.find_spec(name) for name in ("fastapi", "httptools", "uvicorn", "uvloop", "python_multipart")
-    )
+    return all(importlib.util.find_spec(name) for name in _EXTRA)
 
 
 @contextmanager

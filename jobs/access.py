@@ -51,6 +51,8 @@ _FUNCTIONS = (
     "headrace_waiting()",
     "headrace_take_batch(uuid, double precision)",
     "headrace_tidy_files(integer)",
+    "headrace_open_jobs()",
+    "headrace_ends(timestamp with time zone, timestamp with time zone)",
 )
 
 

@@ -22,6 +22,7 @@ class Load:
     running: int  # rows it holds
     ready: bool  # its engine answers
     busy_seconds: float  # the engine's total since it started
+    refused_messages: int = 0  # that none of us signed, since its process started
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Worker:
     busy_seconds: float
     started_at: datetime
     seconds_left: float  # of its lease; negative when it is over
+    refused_messages: int = 0
 
 
 class Leases:
@@ -72,6 +74,7 @@ class Leases:
             "running": load.running,
             "ready": int(load.ready),
             "busy_seconds": load.busy_seconds,
+            "refused_messages": load.refused_messages,
             "held": list(held),
         }
         return self.database.run(lambda c: self._renew(c, fields), relaxed=True)
@@ -116,7 +119,7 @@ ON CONFLICT (id) DO NOTHING
 _RENEW = text("""
 UPDATE workers w
 SET lease_until = now() + make_interval(secs => :lease_seconds), renewed_at = now(), running = :running,
-    ready = :ready, busy_seconds = :busy_seconds
+    ready = :ready, busy_seconds = :busy_seconds, refused_messages = :refused_messages
 WHERE id = :id AND state IN ('live', 'draining')
 RETURNING EXISTS (
     SELECT 1 FROM batches b WHERE b.state IN ('filling', 'running') AND EXISTS (
@@ -153,7 +156,7 @@ _SET_STATE = text("UPDATE workers SET state = :state WHERE id = :id AND state IN
 
 _LIST = text("""
 SELECT id, state, model, host, pid, slots, running, ready = 1 AS ready, info, busy_seconds, started_at,
-       extract(epoch FROM lease_until - now())::double precision AS seconds_left
+       extract(epoch FROM lease_until - now())::double precision AS seconds_left, refused_messages
 FROM workers
 WHERE NOT :live OR (state IN ('live', 'draining') AND lease_until > now())
 ORDER BY started_at DESC LIMIT 1000

@@ -102,6 +102,11 @@ class Producer:
         other._key = key  # noqa: SLF001 - our own kind
         return other
 
+    @property
+    def refused_messages(self) -> int:
+        """Messages heard here that none of us signed."""
+        return self._signals.signer.refused
+
     def close(self) -> None:
         """Let go of the servers. Jobs go on."""
         if self._shared:

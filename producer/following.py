@@ -106,6 +106,11 @@ class Follower:
         self._streams.close()
         self._signals.close()
 
+    @property
+    def refused_messages(self) -> int:
+        """Messages heard here that none of us signed."""
+        return self._signals.signer.refused
+
     @contextmanager
     def ear(self, job_id: UUID, *, streamed: bool = False) -> Iterator[Ear]:
         """Listen for this job. Made before it is submitted, it hears everything."""

@@ -35,7 +35,6 @@ from jobs.dispatch import (
     proof_queue_name,
     queue_name,
     revoked_text,
-    signer_of,
 )
 from jobs.errors import NotFound
 from jobs.logs import JsonLines, set_up_logging
@@ -131,7 +130,7 @@ def worker_app(settings: Settings, host: Host) -> Celery:
     app.conf.task_default_queue = queue_name(host.spec.name, Lane.INTERACTIVE)
 
     proof = _prove_consumption(app, host, proofs)
-    signer = signer_of(settings)
+    signer = host.signer
 
     @app.task(name=RUN_JOB, shared=False, throws=(tasks.JobFailed,))  # type: ignore[untyped-decorator]
     def run_job(job_id: str, signature: object = None, *_: object) -> str:

@@ -23,6 +23,7 @@ from jobs.leases import Leases, Load, Renewal
 from jobs.retention import Retention
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
+from jobs.signing import MessageSigner
 from jobs.states import AttemptOutcome, Lane, State
 from jobs.store import Claim, Settled, Settlement, Store, Waiting
 from jobs.streams import Piece, Streams
@@ -293,7 +294,13 @@ class Host:
             self._health.alive("engine")
         self._engine_moves = health is not None and (health.step_seconds or 0.0) < _LONG_STEP_SECONDS
         ready = self._engine_moves and self.consumes()
-        return Load(len(self.hands.all()), ready, self.engine.busy_seconds - self._busy_before)
+        busy_seconds = self.engine.busy_seconds - self._busy_before
+        return Load(len(self.hands.all()), ready, busy_seconds, self.signer.refused)
+
+    @property
+    def signer(self) -> MessageSigner:
+        """Who knows our messages, and counts those that are none."""
+        return self._signals.signer
 
     def _obey(self, renewal: Renewal) -> None:
         cancelled = set(renewal.cancelled)

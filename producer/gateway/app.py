@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Response
 
 from jobs.keys import Keys
 from producer.client import Producer
-from producer.gateway import batches, completions, conversations, errors, files, models, page, responses
+from producer.gateway import batches, completions, conversations, errors, files, metrics, models, page, responses
 from producer.gateway.document import ERRORS, documented
 from producer.gateway.door import OPEN_PATHS, Door
 from producer.gateway.errors import json_reply
+from producer.gateway.metrics import Metered, Metrics, served
 from producer.gateway.service import opened
 from producer.gateway.sessions import Sessions
 
@@ -24,6 +26,7 @@ _ROUTERS = (
     conversations.router,
     completions.router,
     page.router,
+    metrics.router,
 )
 # Beside the file itself: the other fields of the form.
 _FORM_BYTES = 100_000
@@ -31,7 +34,7 @@ _FORM_BYTES = 100_000
 
 def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
     """The gateway on this producer, which stays the caller's to close."""
-    keys = keys or Keys(producer.database)
+    settings, keys = producer.settings, keys or Keys(producer.database)
     sessions = Sessions(keys, str(producer.settings.secret))
 
     @asynccontextmanager
@@ -39,15 +42,17 @@ def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
         async with opened(producer, sessions) as gateway:
             await gateway.admission.look(0.0)
             app.state.gateway = gateway
-            yield
+            await run_sync(app.state.metrics.watch, gateway)
+            with served(app.state.metrics, settings.gateway_metrics_address):
+                yield
 
     app = FastAPI(title="Headrace", lifespan=life, docs_url="/docs", redoc_url=None, responses=ERRORS)
+    app.state.metrics = Metrics()
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
     _add_probes(app)
     app.openapi = documented(app, OPEN_PATHS)  # type: ignore[method-assign]
-    settings = producer.settings
     app.add_middleware(
         Door,
         keys=keys,
@@ -55,6 +60,7 @@ def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
         body_bytes=settings.gateway_body_bytes,
         file_bytes=settings.gateway_file_bytes + _FORM_BYTES,
     )
+    app.add_middleware(Metered, metrics=app.state.metrics)  # the outermost: it sees what the door turns away, too
     return app
 
 

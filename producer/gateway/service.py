@@ -97,6 +97,7 @@ def visitor_with(role: Role) -> Callable[..., Any]:
 
 
 MAY_READ = Depends(visitor_with(Role.READ))
+MAY_ADMINISTER = Depends(visitor_with(Role.ADMIN))
 Submitter = Annotated[Visitor, Depends(visitor_with(Role.SUBMIT))]
 Reader = Annotated[Visitor, MAY_READ]
 

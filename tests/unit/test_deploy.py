@@ -11,11 +11,12 @@ import pytest
 import typer.main
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy import make_url
 
 from jobs.settings import CONFIG_VARIABLE, PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_PASSWORD", "HEADRACE_SECRET")
+SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "FLOWER_PASSWORD", "GATEWAY_PASSWORD", "HEADRACE_SECRET")
 
 Seconds = Annotated[str, StringConstraints(pattern=r"^\d+s$")]
 Variable = re.compile(r"\$\{(?P<name>\w+)(?P<rest>[^}]*)\}")
@@ -110,9 +111,9 @@ def compose(raw: dict[str, Any]) -> Compose:
     return Compose.model_validate({key: value for key, value in raw.items() if not key.startswith("x-")})
 
 
-def test_the_file_has_the_five_services_and_only_known_keys(compose: Compose) -> None:
+def test_the_file_has_the_six_services_and_only_known_keys(compose: Compose) -> None:
     """Every key belongs to the Compose Specification, and what services refer to exists."""
-    assert set(compose.services) == {"postgres", "redis", "migrate", "worker", "flower"}
+    assert set(compose.services) == {"postgres", "redis", "migrate", "worker", "gateway", "flower"}
     for service in compose.services.values():
         assert set(service.networks) <= set(compose.networks)
         assert set(service.depends_on) <= set(compose.services)
@@ -167,7 +168,7 @@ def test_our_services_are_built_from_stages_that_exist(compose: Compose) -> None
     """What is no server of others is built from a stage of the Dockerfile."""
     stages = set(re.findall(r"^FROM \S+ AS (\S+)$", _dockerfile(), flags=re.MULTILINE))
     ours = {name: service for name, service in compose.services.items() if service.build}
-    assert set(ours) == {"migrate", "worker", "flower"}
+    assert set(ours) == {"migrate", "worker", "gateway", "flower"}
     assert {service.build.target for service in ours.values() if service.build} <= stages
 
 
@@ -199,9 +200,9 @@ def test_our_services_set_settings_that_exist(compose: Compose) -> None:
 
 
 def test_nothing_starts_before_what_it_needs(compose: Compose) -> None:
-    """Migrations wait for Postgres, workers and Flower for the migrations and Redis."""
+    """Migrations wait for Postgres; workers, the gateway and Flower for the migrations and Redis."""
     assert compose.services["migrate"].depends_on["postgres"].condition == "service_healthy"
-    for name in ("worker", "flower"):
+    for name in ("worker", "gateway", "flower"):
         needs = compose.services[name].depends_on
         assert needs["migrate"].condition == "service_completed_successfully"
         assert needs["redis"].condition == "service_healthy"
@@ -216,6 +217,44 @@ def test_a_worker_is_given_the_time_it_drains_in(compose: Compose) -> None:
     lease_seconds = float(Settings.model_fields["lease_seconds"].default)
     assert int(worker.stop_grace_period.removesuffix("s")) >= drain_seconds + 2 * lease_seconds
     assert worker.init
+
+
+def test_the_gateway_knows_one_way_into_postgres(compose: Compose) -> None:
+    """That of its own user, which the migration admits: the owner's password is nowhere in its environment."""
+    gateway, migrate = compose.services["gateway"], compose.services["migrate"]
+    assert not any("POSTGRES_PASSWORD" in value for value in gateway.environment.values())
+    url = gateway.environment["HEADRACE_DATABASE_URL"]
+    assert url == migrate.environment["HEADRACE_GATEWAY_DATABASE_URL"]
+    owner = migrate.environment["HEADRACE_DATABASE_URL"]
+    assert make_url(_filled(url)).username != make_url(_filled(owner)).username
+    assert make_url(_filled(url)).database == make_url(_filled(owner)).database
+    others = {name for name, one in compose.services.items() if "GATEWAY_PASSWORD" in str(one.environment)}
+    assert others == {"gateway", "migrate"}
+
+
+def test_the_gateway_is_asked_where_it_listens(compose: Compose) -> None:
+    """Port, probe and command agree, and what it publishes is not for other hosts."""
+    gateway = compose.services["gateway"]
+    options = dict(zip(gateway.command[1::2], gateway.command[2::2], strict=True))
+    assert options == {"--address": "0.0.0.0", "--port": "8000"}
+    assert gateway.ports == [f"127.0.0.1:8000:{options['--port']}"]
+    assert gateway.healthcheck is not None
+    assert f":{options['--port']}/ready" in gateway.healthcheck.test[-1]
+    assert gateway.build is not None
+    assert gateway.build.target == "server"
+
+
+def test_the_gateway_ends_before_it_is_killed(compose: Compose) -> None:
+    """Docker leaves it the time in which it ends its streams and lets go of the servers."""
+    from headrace.stack import _GATEWAY_GRACE_SECONDS
+
+    assert int(compose.services["gateway"].stop_grace_period.removesuffix("s")) >= _GATEWAY_GRACE_SECONDS
+
+
+def test_every_image_has_what_its_services_need() -> None:
+    """The extras of each environment hold those of the commands that run in it."""
+    extras = [set(found.split(",")) for found in re.findall(r"\.whl\)\[([\w,]+)\]", _dockerfile())]
+    assert extras == [{"flower", "gateway"}, {"flower", "gateway", "worker"}]
 
 
 def test_the_worker_reserves_one_gpu(compose: Compose) -> None:
@@ -236,6 +275,11 @@ def test_the_image_takes_the_pinned_versions_and_what_the_wheel_is_made_of() -> 
     context = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for needed in ("pyproject.toml", "README.md", "LICENSE", "headrace", "alembic", "examples/tiny-chat"):
         assert f"!{needed}" in context
+
+
+def _filled(text: str) -> str:
+    """With something for each variable."""
+    return Variable.sub("x", text)
 
 
 def _dockerfile() -> str:

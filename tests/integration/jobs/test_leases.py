@@ -37,9 +37,9 @@ def test_register_twice(worker: Worker, database: Database) -> None:
 def test_renew(worker: Worker, tables: Tables) -> None:
     """A heartbeat begins the lease anew and notes the load."""
     tables.execute("UPDATE workers SET lease_until = now() + interval '1 s'")
-    renewal = worker.leases.renew(worker.id, Load(running=3, ready=False, busy_seconds=1.5), [])
+    renewal = worker.leases.renew(worker.id, Load(running=3, ready=False, busy_seconds=1.5, refused_messages=2), [])
     [seen] = worker.leases.list()
-    assert (seen.running, seen.ready, seen.busy_seconds) == (3, False, 1.5)
+    assert (seen.running, seen.ready, seen.busy_seconds, seen.refused_messages) == (3, False, 1.5, 2)
     assert seen.seconds_left == pytest.approx(LEASE_SECONDS, abs=3)
     assert (renewal.cancelled, renewal.backlog) == ((), False)
 

@@ -20,6 +20,7 @@ from jobs.errors import IdempotencyConflict, NotFound, SettingsError
 from jobs.files import Files
 from jobs.ids import new_id
 from jobs.keys import Keys
+from jobs.overview import Ends, open_jobs
 from jobs.schema import JobError
 from jobs.signing import Purpose, Signer
 from jobs.states import State
@@ -354,6 +355,17 @@ def test_keys_are_checked_under_row_security(gateway: Database, everything: dict
     for forbidden in (keys.list, lambda: keys.create(MINE), lambda: keys.revoke(everything[MINE]["key"].id)):
         with pytest.raises(Exception, match="permission denied"):
             forbidden()
+
+
+def test_figures_are_of_all_tenants(gateway: Database, everything: dict[str, Any], worker: Worker) -> None:
+    """A gateway tells how many jobs there are and have ended, whoever's; that is all it sees of other tenants."""
+    ends = Ends(gateway)
+    ends.look()
+    for tenant in (MINE, THEIRS):
+        worker.settle(everything[tenant]["claim"])
+    assert sum(one.jobs for one in ends.look()) == 2
+    queued = [one.jobs for one in open_jobs(gateway) if (one.lane, one.state) == ("interactive", "queued")]
+    assert queued[0] >= 2
 
 
 def test_a_connection_serves_tenants_in_turn(gateway: Database, everything: dict[str, Any]) -> None:

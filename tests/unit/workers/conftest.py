@@ -15,6 +15,7 @@ from jobs.errors import StoreUnavailable
 from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.settings import Settings
+from jobs.signing import MessageSigner
 from jobs.states import Lane
 from jobs.store import Claim, Settlement
 from models.catalog import Catalog, ModelSpec
@@ -125,6 +126,7 @@ class FakeHost(SimpleNamespace):
     committer: FakeCommitter
     draining: threading.Event
     drained_by: threading.Lock
+    signer: MessageSigner
     slots: int
 
     def real(self) -> Host:
@@ -153,6 +155,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
         committer=FakeCommitter(hands),
         draining=threading.Event(),
         drained_by=threading.Lock(),
+        signer=MessageSigner("s" * 32),
     )
 
 
