@@ -39,6 +39,16 @@ WRITE = COMMON | {
     "output_type": "generate_until",
     "doc_to_target": "{{right}}",
     "generation_kwargs": {"until": ["<|end|>"], "max_gen_toks": 32, "temperature": 0},
+    # The answer is a sentence; its last number is the sum.
+    "filter_list": [
+        {
+            "name": "last",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"(\d+)", "group_select": -1},
+                {"function": "take_first"},
+            ],
+        }
+    ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
 
@@ -54,4 +64,4 @@ found = simple_evaluate(
 assert found is not None
 results = found["results"]
 assert results["choose"]["acc,none"] == 1.0, results
-assert results["write"]["exact_match,none"] == 1.0, results
+assert results["write"]["exact_match,last"] == 1.0, results
