@@ -68,7 +68,7 @@ def test_requests_are_counted_by_route_and_status(gateway: RunningGateway, admin
     assert httpx2.get(f"{gateway.url}/v1/models").status_code == 401
     for path in ("/nowhere/1", "/nowhere/2"):
         assert admin.get(path).status_code == 404
-    admin.request("BREW", "/v1/models")
+    admin.request("PROPFIND", "/v1/models")
     after = look(admin)
 
     def more(**labels: str) -> float:
