@@ -161,17 +161,18 @@ class LineReader:
         return Line(draft.number, draft.custom_id, request, self._max_attempts, draft.endpoint)
 
     def _draft(self, line: RawLine) -> _Draft:
-        draft = _Draft(line.number, _line_name(line.number))
+        name = _line_name(line.number)
         try:
             fields = self._parse(line)
-            draft = replace(draft, custom_id=self._custom_id(fields) or draft.custom_id)
+            name = self._custom_id(fields) or name
             endpoint, request = self._request(fields)
         except RequestInvalid as fault:
-            return replace(draft, fault=fault)
+            return _Draft(line.number, name, fault=fault)
         except Exception:  # a mistake of ours over one line must not cost the others theirs, nor stop their batch
             log.exception("line %d cannot be read", line.number)
-            return replace(draft, fault=RequestInvalid("line", f"line {line.number} cannot be read", "server_error"))
-        return replace(draft, endpoint=endpoint, request=request)
+            fault = RequestInvalid("line", f"line {line.number} cannot be read", "server_error")
+            return _Draft(line.number, name, fault=fault)
+        return _Draft(line.number, name, endpoint, request)
 
     def _parse(self, line: RawLine) -> dict[str, Any]:
         if line.content is None:
