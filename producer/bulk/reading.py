@@ -170,8 +170,8 @@ class LineReader:
             return _Draft(line.number, name, fault=fault)
         except Exception:  # a mistake of ours over one line must not cost the others theirs, nor stop their batch
             log.exception("line %d cannot be read", line.number)
-            fault = RequestInvalid("line", f"line {line.number} cannot be read", "server_error")
-            return _Draft(line.number, name, fault=fault)
+            mistake = RequestInvalid("line", f"line {line.number} cannot be read", "server_error")
+            return _Draft(line.number, name, fault=mistake)
         return _Draft(line.number, name, endpoint, request)
 
     def _parse(self, line: RawLine) -> dict[str, Any]:
