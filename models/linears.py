@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
-from models.kernels.cpu import ZERO_POINT, CompiledOps, Ops, Scaled, packed_weights
+from models.kernels.cpu import PANEL, ZERO_POINT, CompiledOps, Ops, Scaled, packed_weights, quantized_weight
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _INPUTS = 16  # a multiple of this, of our own product: the vectors that quantize its rows
@@ -66,8 +66,7 @@ class Int8(Packed):
         super().__init__()
         self._ops = ops
         self._dtype = weight.dtype
-        self._scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
-        whole = (weight.float() / self._scales[:, None]).round().to(torch.int8)
+        whole, self._scales = quantized_weight(weight)
         self._zeros = torch.zeros(len(whole), dtype=torch.int32)
         self._weight = (torch.ops.onednn.qlinear_prepack(whole, None),)
         self.bias = self.late_bias = bias
@@ -191,7 +190,7 @@ def _packed(layers: Sequence[nn.Linear], ops: Ops, *, int8: bool) -> Packed:
 
 def _suits(weight: Tensor, ops: CompiledOps, *, int8: bool) -> bool:
     outputs, inputs = weight.shape
-    return outputs % 32 == 0 and inputs % _INPUTS == 0 and ops.multiplies(torch.int8 if int8 else weight.dtype)
+    return outputs % PANEL == 0 and inputs % _INPUTS == 0 and ops.multiplies(torch.int8 if int8 else weight.dtype)
 
 
 def _prepackable(dtype: torch.dtype) -> bool:

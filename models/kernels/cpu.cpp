@@ -1,5 +1,5 @@
-// What a step does on a CPU: matrix products, and what lies between them. Plain C++ behind a C interface, without torch's headers: it
-// builds in seconds and fits any torch. `models/kernels/cpu.py` builds it, calls it, and holds the plain-torch twins.
+// What a step does on a CPU: matrix products, and what lies between them. Plain C++ behind a C interface, without
+// torch's headers: it builds in seconds and fits any torch. `models/kernels/cpu.py` builds it, calls it, and holds the plain-torch twins.
 //
 // T is float or Bf16. Widths are multiples of 16 (head_dim and a product's outputs of 32), which the caller checks.
 
@@ -294,7 +294,8 @@ template <class In, class T>
 void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
   if (rows == 0) return;
   static constexpr auto tiles = product_tiles<In, T>(std::make_index_sequence<kRows>());
-  long panels = out.columns / (kPanel * kLanes), blocks = (rows + kRows - 1) / kRows, share = (depth + blocks - 1) / blocks;
+  long panels = out.columns / (kPanel * kLanes), blocks = (rows + kRows - 1) / kRows;
+  long share = (depth + blocks - 1) / blocks;
 #pragma omp parallel if (rows * depth * out.columns > kParallel)
   {
     long threads = omp_get_num_threads(), thread = omp_get_thread_num(), end = panels * (thread + 1) / threads;

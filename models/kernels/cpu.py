@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _BUILD_SECONDS = 300.0
+PANEL = 32  # outputs that the compiled product computes at once
 _LANES = 16  # floats of the compiled code's vectors
 ZERO_POINT = 128  # of quantized activations: unsigned, because oneDNN's signed ones run on a slow path
 
@@ -176,7 +177,7 @@ class CompiledOps:
 
     def product(self, x: Scaled, weights: Weights) -> Tensor:
         """Rows (rows, in) times the weights, plus the bias: (rows, out)."""
-        (rows, inputs), outputs = x.values.shape, 32 * len(weights.words)
+        (rows, inputs), outputs = x.values.shape, PANEL * len(weights.words)
         out = torch.empty(rows, outputs, dtype=weights.dtype)
         if weights.scales is None:
             self.call("product", out, x.values, weights.words, weights.bias, rows, inputs, outputs)
@@ -199,14 +200,19 @@ def packed_weights(weight: Tensor, bias: Tensor | None, *, int8: bool) -> Weight
     """A weight (out, in), out a multiple of 32 and in of 4. `int8`: symmetric, a scale for each output."""
     if not int8:
         return Weights(_words(weight), bias, weight.dtype)
-    scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
-    whole = (weight.float() / scales[:, None]).round().to(torch.int8)
+    whole, scales = quantized_weight(weight)
     return Weights(_words(whole), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
+
+
+def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as int8, symmetric, and the scale of each output, (out,) float32."""
+    scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
 def _words(weight: Tensor) -> Tensor:
     words = weight.contiguous().view(torch.int32)  # (out, in / values in a word)
-    return words.view(-1, 32, words.shape[1]).transpose(1, 2).contiguous()
+    return words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
 
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
