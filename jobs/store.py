@@ -760,11 +760,18 @@ _NOTHING_MADE = """
     '{}'::json AS timings, NULL::text AS served_by, 0 AS prompt_tokens, 0 AS cached_tokens, 0 AS completion_tokens,
     0::double precision AS busy_seconds, 0::numeric AS token_dollars, 0::numeric AS machine_dollars
 """
+_CANCELLED_BEFORE_IT_BEGAN = f"""
+    NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error, {_NOTHING_MADE}
+"""
+_EXPIRED_BEFORE_IT_BEGAN = f"""
+    NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
+    json_build_object('code', 'deadline_exceeded', 'message', 'its deadline passed before it could start') AS error,
+    {_NOTHING_MADE}
+"""
 
 _END_WAITING = text(f"""
 WITH held AS (
-    SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
-           {_NOTHING_MADE}
+    SELECT id, {_CANCELLED_BEFORE_IT_BEGAN}
     FROM jobs WHERE id = :id AND tenant_id = :tenant AND state IN ('queued', 'blocked')
 ), {_END} {_TAIL}
 """)  # noqa: S608
@@ -772,8 +779,7 @@ WITH held AS (
 # The rows of a batch that wait, some at a time. What is locked is being claimed, and is left.
 END_WAITING_ROWS = text(f"""
 WITH held AS (
-    SELECT id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
-           {_NOTHING_MADE}
+    SELECT id, {_CANCELLED_BEFORE_IT_BEGAN}
     FROM jobs WHERE batch_id = :id AND tenant_id = :tenant AND state = 'queued' AND lane = 'bulk'
     LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
@@ -782,11 +788,7 @@ WITH held AS (
 # The same, of a batch whose time is over. Sweepers do this too, but they live in workers, and there may be none.
 EXPIRE_WAITING_ROWS = text(f"""
 WITH held AS (
-    SELECT id, NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
-           json_build_object(
-               'code', 'deadline_exceeded', 'message', 'its deadline passed before it could start'
-           ) AS error,
-           {_NOTHING_MADE}
+    SELECT id, {_EXPIRED_BEFORE_IT_BEGAN}
     FROM jobs WHERE batch_id = :id AND state = 'queued' AND lane = 'bulk' AND deadline_at <= now()
     LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
@@ -846,11 +848,7 @@ SELECT id FROM queued
 
 _END_OVERDUE = text(f"""
 WITH held AS (
-    SELECT id, NULL::uuid AS token, 'expired' AS outcome, NULL AS attempt_outcome,
-           json_build_object(
-               'code', 'deadline_exceeded', 'message', 'its deadline passed before it could start'
-           ) AS error,
-           {_NOTHING_MADE}
+    SELECT id, {_EXPIRED_BEFORE_IT_BEGAN}
     FROM jobs WHERE deadline_at <= now() AND finished_at IS NULL AND state IN ('queued', 'blocked')
     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), {_END} {_TAIL}
@@ -859,8 +857,7 @@ WITH held AS (
 # Claimed while their batch was being cancelled, and then queued again by a retry.
 _END_ABANDONED = text(f"""
 WITH held AS (
-    SELECT j.id, NULL::uuid AS token, 'cancelled' AS outcome, NULL AS attempt_outcome, NULL::json AS error,
-           {_NOTHING_MADE}
+    SELECT j.id, {_CANCELLED_BEFORE_IT_BEGAN}
     FROM batches b JOIN jobs j ON j.batch_id = b.id AND j.state = 'queued' AND j.lane = 'bulk'
     WHERE b.state = 'cancelled' AND b.finished_at > now() - interval '1 day'
     LIMIT :limit FOR UPDATE OF j SKIP LOCKED
