@@ -95,7 +95,7 @@ class Own(Packed):
         super().__init__()
         self.quantized = int8
         self._ops = ops
-        self._weights = packed_weights(weight, bias, int8=int8)
+        self.weights = packed_weights(weight, bias, int8=int8)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Own(Packed):
 
     def run(self, x: Scaled) -> Scaled:
         """See `Packed`."""
-        return Scaled(self._ops.product(x, self._weights))
+        return Scaled(self._ops.product(x, self.weights))
 
 
 class Together:
