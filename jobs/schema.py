@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, Any, Literal, NotRequired, Self
 from uuid import UUID
 
@@ -17,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PrivateAttr,
     StringConstraints,
     Tag,
     ValidationError,
@@ -197,17 +197,15 @@ class JobRequest(Frozen):
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
 
-    _findings: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    @property
+    @cached_property
     def findings(self) -> dict[str, str]:
         """Rules of the tenant's policy that took hold, and what each did. Ours to set: a request cannot bring any."""
-        return self._findings
+        return {}
 
     def with_findings(self, findings: dict[str, str]) -> Self:
         """The same request, with these noted."""
         noted = self.model_copy()
-        noted._findings = dict(findings)  # noqa: SLF001 - our own kind
+        noted.__dict__["findings"] = dict(findings)
         return noted
 
     @model_validator(mode="after")
@@ -281,7 +279,7 @@ class JobRequest(Frozen):
 
     def findings_payload(self) -> str | None:
         """The findings as stored beside the payload."""
-        return orjson.dumps(self._findings).decode() if self._findings else None
+        return orjson.dumps(self.findings).decode() if self.findings else None
 
     def digest(self, payload: str | None = None) -> bytes:
         """Tells two requests apart: SHA-256 of the payload without its idempotency key. A payload at hand is used."""
