@@ -96,7 +96,7 @@ class WorkerProcesses:
     @property
     def engine(self) -> psutil.Process:
         """The engine; waits for it if it is about to be started."""
-        return self._await_member("models.server")
+        return self._await_member("workers.engine")
 
     @property
     def consumer(self) -> psutil.Process:
