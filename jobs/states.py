@@ -101,6 +101,14 @@ class ApiBatchState(StrEnum):
         return self in {self.COMPLETED, self.FAILED, self.EXPIRED, self.CANCELLED}
 
 
+class DeliveryState(StrEnum):
+    """How far a webhook has come."""
+
+    WAITING = "waiting"  # under way, or to be tried again
+    DELIVERED = "delivered"
+    GIVEN_UP = "given-up"
+
+
 class Role(StrEnum):
     """What the holder of an API key may do."""
 

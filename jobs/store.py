@@ -82,6 +82,11 @@ class Claim:
     request: JobRequest
     suspect: bool = False  # an engine died under it and others, and one of them is to blame
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody is to be told of its end."""
+        return self.request.webhook is not None
+
     def log_context(self) -> dict[str, str]:
         """What every log line about this job carries."""
         return {"job": str(self.id), "model": self.model, "attempt": str(self.attempt)}
@@ -106,6 +111,7 @@ class Settlement:
     machine_dollars: Decimal = Decimal(0)
     retry_after_seconds: float | None = None
     metered: bool = True  # False: nothing of a quota is to be given back, and nothing is looked for
+    awaited: bool = True  # False: nobody is to be told, and nobody is looked for
 
     @property
     def requeues(self) -> bool:
@@ -235,7 +241,7 @@ class Store:
         """
         # Nearly all of them are ends that release no turn: one statement is their transaction, one round trip.
         ending = [s for s in settlements if not s.requeues]
-        statement = _END_ALONE_METERED if any(s.metered for s in ending) else _END_ALONE
+        statement = _END_ALONE_IN_FULL if any(s.metered or s.awaited for s in ending) else _END_ALONE
         done = {row.id for row in self.database.rows(statement, _document(ending))} if ending else set()
         rest = [s for s in settlements if s.id not in done]
         if not rest:
@@ -350,6 +356,7 @@ def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[st
         "turn": None,
         "request": payload,
         "metadata": request.metadata_payload(),
+        "webhook": request.webhook,
         "policy": request.findings_payload(),
         "digest": request.digest(payload),
     }
@@ -551,8 +558,8 @@ WITH created AS (
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, policy, digest)
-    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json),
+    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, webhook, call, policy, digest)
+    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), :webhook, CAST(:call AS json),
            CAST(:policy AS json), :digest
     FROM created
 )
@@ -689,7 +696,16 @@ _GIVE_BACK = """
 )
 """
 
-_TAIL = f"{_WRITE} {_GIVE_BACK} {_ENDED}"
+# Whom to tell. Lines of a batch have nobody; their batch may.
+_TELL = """
+, told AS (
+    INSERT INTO webhook_deliveries (id, tenant_id, job_id, url)
+    SELECT gen_random_uuid(), e.tenant_id, e.id, p.webhook FROM ended e JOIN payloads p ON p.job_id = e.id
+    WHERE e.batch_id IS NULL AND p.webhook IS NOT NULL
+)
+"""
+
+_TAIL = f"{_WRITE} {_GIVE_BACK} {_TELL} {_ENDED}"
 
 _END = """
 ended AS (
@@ -713,8 +729,9 @@ WITH {_INPUT}, held AS (
 ), {_END} {_WRITE} {_ENDED}
 """)
 
-# With what goes back to quotas: measured, a tenth more time for one job, which is not for everybody to pay.
-_END_ALONE_METERED = text(f"""
+# With what goes back to quotas, and whom to tell: measured, a tenth more time for one job, which is not for everybody
+# to pay.
+_END_ALONE_IN_FULL = text(f"""
 WITH {_INPUT}, held AS (
     {_INPUT_HELD} WHERE j.conversation IS NULL ORDER BY j.id FOR UPDATE OF j
 ), {_END} {_TAIL}

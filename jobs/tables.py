@@ -172,6 +172,7 @@ payloads = Table(
     Column("forgotten_at", DateTime(timezone=True)),  # when its owner deleted it from the API
     # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
     Column("metadata", JSON),
+    Column("webhook", Text),
     Column("policy", JSON),  # rules of the tenant's policy that took hold, and what each did
     Column("digest", LargeBinary, nullable=False),
 )
@@ -347,6 +348,7 @@ api_batches = Table(
     Column("output_seconds", Integer),  # how long its output files are kept; null: 30 days
     Column("idempotency_key", Text),
     Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
+    Column("webhook", Text),  # a URL that is told when it has ended
     Column("metadata", JSON),
     Column("errors", JSON),  # faults of the file as a whole
     Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them
@@ -381,6 +383,43 @@ api_batches = Table(
         unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
+)
+
+# An end that somebody wants to be told of: made by the statement that ends the job or batch, and gone with it.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _tenant(),
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE")),
+    Column("batch_id", Uuid, ForeignKey("api_batches.id", ondelete="CASCADE")),
+    Column("url", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),  # begun; the number of the last is its token
+    _now("created_at"),
+    # While one is under way: when it counts as lost. Null: it is over.
+    Column("next_attempt_at", DateTime(timezone=True), server_default=text("now()")),
+    _time("delivered_at"),
+    _time("given_up_at"),
+    Column("error", Text),  # of the last attempt
+    CheckConstraint("(job_id IS NULL) <> (batch_id IS NULL)", name="of_one"),
+    CheckConstraint(
+        "num_nonnulls(next_attempt_at, delivered_at, given_up_at) = 1", name="waits_or_is_delivered_or_given_up"
+    ),
+    # Each end is told once; and what is deleted finds its deliveries.
+    Index("webhook_deliveries_job_id_key", "job_id", unique=True, postgresql_where=text("job_id IS NOT NULL")),
+    Index("webhook_deliveries_batch_id_key", "batch_id", unique=True, postgresql_where=text("batch_id IS NOT NULL")),
+    Index("webhook_deliveries_due_idx", "next_attempt_at", postgresql_where=text("next_attempt_at IS NOT NULL")),
+    Index("webhook_deliveries_listed_idx", "tenant_id", "created_at"),
+)
+
+# Which of its secrets a tenant signs webhooks with; the secrets themselves are nowhere (`jobs.webhooks`).
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("generation", Integer, nullable=False),  # from 1; a tenant without a row has 0
+    _now("rotated_at"),
+    CheckConstraint("generation > 0", name="generation_positive"),
 )
 
 # Who may come in over HTTP. The secret itself is nowhere; a revoked key stays, so that its id still means something.

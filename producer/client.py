@@ -38,6 +38,7 @@ from jobs.signing import Purpose, Signer
 from jobs.states import State
 from jobs.store import Accepted, Reservation, Store, Waiting
 from jobs.tables import LOCAL_TENANT
+from jobs.webhooks import Webhooks
 from producer.validation import Validator
 
 # Without a word from Redis, a waiting call looks into Postgres this often.
@@ -75,6 +76,7 @@ class Producer:
         self.conversations = Conversations(database)
         self.files = Files(database)
         self._quotas = Quotas(database)
+        self.webhooks = Webhooks(database, str(self.settings.secret))
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +188,8 @@ class Producer:
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
 
-        A turn of a conversation and an idempotency key need `submit`. Errors name the request: `requests[3].model`.
+        A turn of a conversation, an idempotency key and a webhook need `submit`. Errors name the request:
+        `requests[3].model`.
         """
         lines = [self._line(number, request) for number, request in enumerate(requests)]
         batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)})
@@ -199,7 +202,7 @@ class Producer:
     def _line(self, number: int, fields: JobRequest | dict[str, Any]) -> Line:
         try:
             request = self._check(JobRequest.parse(fields))
-            for alone in ("conversation", "idempotency_key"):
+            for alone in ("conversation", "idempotency_key", "webhook"):
                 if getattr(request, alone) is not None:
                     raise RequestInvalid(alone, "is not for a batch; use submit")  # noqa: TRY301 - one place adds the index
         except RequestInvalid as error:

@@ -17,7 +17,7 @@ from producer.following import Ear
 from producer.gateway.conversations import found_conversation
 from producer.gateway.document import RESPONSE_BODY, query
 from producer.gateway.errors import ApiError, json_reply, not_found, translated
-from producer.gateway.intake import idempotency_key_of, json_object, limit_of, order_of, typed
+from producer.gateway.intake import idempotency_key_of, json_object, limit_of, order_of, typed, webhook_in
 from producer.gateway.names import RESPONSE, id_of
 from producer.gateway.running import PING, EventStream, Flights, Order, pieces_of, run
 from producer.gateway.service import Reader, Submitter, Visitor, in_thread
@@ -101,7 +101,7 @@ async def _order(visitor: Visitor, body: Mapping[str, Any], key: str | None) -> 
         own_messages=own if context.messages else None,
         echo=_echo(given),
     )
-    return Order(RESPONSES, _in_context(asked, context, stream=stream), call, key)
+    return Order(RESPONSES, _in_context(asked, context, stream=stream), call, key, webhook_in(given))
 
 
 def _check_options(given: dict[str, Any], *, background: bool, stream: bool) -> None:

@@ -40,6 +40,7 @@ class Order:
     asked: Asked
     call: Call | None = None
     idempotency_key: str | None = None
+    webhook: str | None = None
 
     @property
     def stays(self) -> bool:
@@ -49,8 +50,9 @@ class Order:
     @property
     def request(self) -> JobRequest:
         """What is to be run."""
-        request = self.asked.request
-        return request.model_copy(update={"idempotency_key": self.idempotency_key}) if self.idempotency_key else request
+        named = {"idempotency_key": self.idempotency_key, "webhook": self.webhook}
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.asked.request.model_copy(update=given) if given else self.asked.request
 
 
 @dataclass(slots=True)

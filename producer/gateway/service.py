@@ -20,6 +20,7 @@ from producer.following import Follower
 from producer.gateway.admission import Admission
 from producer.gateway.sessions import Sessions
 from producer.validation import catalog_of
+from producer.webhook_sender import WebhookSender
 
 T = TypeVar("T")
 
@@ -47,13 +48,14 @@ async def opened(producer: Producer, sessions: Sessions) -> AsyncIterator[Gatewa
     configured = frozenset(catalog_of(producer.settings).names())
     runner = BatchRunner(producer, lambda model: model in configured or model in admission.served)
     async with Follower(producer) as follower:
-        looking = asyncio.create_task(admission.run())
+        tasks = [asyncio.create_task(work) for work in (admission.run(), WebhookSender(producer).run())]
         runner.start()
         try:
             yield Gateway(producer, follower, admission, runner, sessions, configured)
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await run_sync(runner.close)
 
 
