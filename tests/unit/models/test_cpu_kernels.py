@@ -108,6 +108,16 @@ def test_a_layer_keeps_the_shape_of_what_comes_before(ops: CompiledOps, *, int8:
     assert layer(x[:1, :0]).shape == (1, 0, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_what_it_is_whoever_is_beside_it(ops: CompiledOps, dtype: torch.dtype) -> None:
+    """Few rows and many go different ways through a product; a row comes out of each with the same bits."""
+    weights = cpu.packed_weights(torch.randn(96, 208).to(dtype), torch.randn(96).to(dtype), Arena(), int8=False)
+    rows = torch.randn(60, 208).to(dtype)
+    together = ops.product(Scaled(rows), weights)
+    alone = torch.cat([ops.product(Scaled(row[None].contiguous()), weights) for row in rows])
+    assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 12, 40])
 def test_products_of_bytes_are_exact(ops: CompiledOps, dtype: torch.dtype, rows: int) -> None:
