@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
 from models.attention import AttentionRules, Chunk, Reference, Step
+from models.huge_pages import Arena
 
 _log = logging.getLogger(__name__)
 
@@ -223,12 +224,12 @@ class CompiledOps:
         getattr(self._library, f"{name}_{_NAMES[dtype]}")(*map(_as_c, arguments))
 
 
-def packed_weights(weight: Tensor, bias: Tensor | None, *, int8: bool) -> Weights:
+def packed_weights(weight: Tensor, bias: Tensor | None, arena: Arena, *, int8: bool) -> Weights:
     """A weight (out, in), out a multiple of 32 and in of 4. `int8`: symmetric, a scale for each output."""
     if not int8:
-        return Weights(_words(weight), bias, weight.dtype)
+        return Weights(_words(weight, arena), bias, weight.dtype)
     whole, scales = quantized_weight(weight)
-    return Weights(_words(whole), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
+    return Weights(_words(whole, arena), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
 
 
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,9 +238,10 @@ def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
-def _words(weight: Tensor) -> Tensor:
+def _words(weight: Tensor, arena: Arena) -> Tensor:
     words = weight.contiguous().view(torch.int32)  # (out, in / values in a word)
-    return words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
+    panels = words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
+    return arena.zeros(panels.shape, torch.int32).copy_(panels)
 
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
