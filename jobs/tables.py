@@ -349,6 +349,7 @@ api_batches = Table(
     Column("idempotency_key", Text),
     Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
     Column("webhook", Text),  # a URL that is told when it has ended
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
     Column("metadata", JSON),
     Column("errors", JSON),  # faults of the file as a whole
     Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them

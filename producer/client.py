@@ -75,7 +75,7 @@ class Producer:
         self.api_batches = ApiBatches(database)
         self.conversations = Conversations(database)
         self.files = Files(database)
-        self._quotas = Quotas(database)
+        self.quotas = Quotas(database)
         self.webhooks = Webhooks(database, str(self.settings.secret))
 
     def __enter__(self) -> Self:
@@ -149,9 +149,9 @@ class Producer:
         """`how` it came over the API."""
         if self._key is None or self._key.quota_tokens_per_minute is None:
             return self.store.accept(job_id, checked, self.settings.max_attempts, self.tenant_id, **how)
-        tokens = _within(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
+        tokens = within_quota(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
         try:
-            self._quotas.reserve(self._key, tokens)
+            self.quotas.reserve(self._key, tokens)
         except QuotaExceeded:
             before = self.store.accepted_before(job_id, checked, self.tenant_id)
             if before is None:
@@ -172,7 +172,7 @@ class Producer:
             raise
         finally:
             if not created:
-                self._quotas.give_back(self._key, reservation.tokens)
+                self.quotas.give_back(self._key, reservation.tokens)
         return accepted
 
     def _check(self, request: JobRequest) -> JobRequest:
@@ -269,8 +269,8 @@ class Producer:
         return self.get(job_id)
 
 
-def _within(limit: int, tokens: int) -> int:
-    """A request that no minute has room for is no matter of waiting."""
+def within_quota(limit: int, tokens: int) -> int:
+    """The tokens. A request that no minute has room for is no matter of waiting: raises RequestInvalid."""
     if tokens > limit:
         message = f"the request may take {tokens:,} tokens, and the key's quota is {limit:,} a minute"
         raise RequestInvalid("max_tokens", message, "tokens_above_quota")
