@@ -29,7 +29,7 @@ _INNER, _OUTER = 0x36, 0x5C
 GRANTS = {
     "jobs": "SELECT, INSERT, UPDATE (state, run_after, published_at, finished_at, deadline_at, cancel_requested_at,"
     " worker_id, token)",
-    "payloads": "SELECT, INSERT, UPDATE (forgotten_at)",
+    "payloads": "SELECT, INSERT, UPDATE (request, policy, digest, forgotten_at)",
     "results": "SELECT, INSERT",
     "attempts": "SELECT, UPDATE (ended_at, outcome, error, busy_seconds, machine_dollars)",
     "ledger": "SELECT, INSERT",
@@ -56,6 +56,7 @@ _FUNCTIONS = (
     "headrace_open_jobs()",
     "headrace_ends(timestamp with time zone, timestamp with time zone)",
     "headrace_take_webhooks(integer, double precision, text[])",
+    "headrace_followers(integer)",
 )
 
 

@@ -74,6 +74,7 @@ class ApiBatch:
     errors: list[dict[str, Any]] | None
     counts: Counts
     models: list[str] | None  # those that it may use; None: all
+    key_id: UUID | None  # whose quota its requests are of; None: nobody's
     created_at: datetime
     in_progress_at: datetime | None
     finalizing_at: datetime | None
@@ -104,6 +105,7 @@ class ApiBatches:
         idempotency_key: str | None = None,
         models: Sequence[str] | None = None,
         webhook: str | None = None,
+        key_id: UUID | None = None,
     ) -> ApiBatch:
         """A new batch, which a runner will find. The same key with the same request is the same batch.
 
@@ -119,6 +121,7 @@ class ApiBatches:
             "key": idempotency_key,
             "models": None if models is None else [*models],
             "webhook": webhook,
+            "key_id": key_id,
             "life": LIFE_SECONDS,
         }
         if self.database.row(_CREATE, fields) is None:
@@ -212,8 +215,8 @@ def _json(counts: Counts) -> str:
 
 _COLUMNS = """
 id, tenant_id, state, endpoint, input_file_id, output_file_id, error_file_id, output_seconds, metadata, errors, counts,
-models, created_at, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, cancelling_at, cancelled_at,
-expires_at, extract(epoch FROM expires_at - now())::double precision AS seconds_left
+models, key_id, created_at, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, cancelling_at,
+cancelled_at, expires_at, extract(epoch FROM expires_at - now())::double precision AS seconds_left
 """
 
 _OPEN = "state IN ('cancelling', 'finalizing', 'in_progress', 'validating')"
@@ -222,10 +225,10 @@ _LET_GO = "runner = NULL, runner_until = NULL"
 
 _CREATE = text("""
 INSERT INTO api_batches (id, tenant_id, state, endpoint, input_file_id, metadata, output_seconds, idempotency_key,
-                         models, webhook, expires_at)
+                         models, webhook, key_id, expires_at)
 VALUES (:id, :tenant, 'validating', :endpoint, :input, CAST(:metadata AS json), CAST(:output_seconds AS integer),
         CAST(:key AS text), CAST(:models AS text[]), CAST(:webhook AS text),
-        now() + make_interval(secs => :life))
+        CAST(:key_id AS uuid), now() + make_interval(secs => :life))
 ON CONFLICT DO NOTHING RETURNING id
 """)
 

@@ -63,6 +63,15 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Follower:
+    """A blocked job, and the one that it goes on from, which has ended or is not there any more."""
+
+    id: UUID
+    tenant_id: str
+    after_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """One running job in a worker's hands, under the token without which it cannot be ended."""
 
@@ -172,16 +181,19 @@ class Store:
         *,
         endpoint: str | None = None,
         call: Call | None = None,
+        after: UUID | None = None,
     ) -> Accepted:
         """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
 
-        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. Raises IdempotencyConflict if
-        id or key stand for another request.
+        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. `after`: it is blocked until
+        that job has ended and `release` says what was said up to there. Raises IdempotencyConflict if id or key stand
+        for another request.
         """
         fields = _accept_fields(job_id, request, tenant_id) | {
             "max_attempts": request.max_attempts or max_attempts,
             "key_id": reservation and reservation.key_id,
             "reserved_tokens": reservation and reservation.tokens,
+            "after": after,
             "endpoint": endpoint,
             "call": call and call.model_dump_json(exclude_defaults=True),
         }
@@ -262,6 +274,28 @@ class Store:
         """How many interactive jobs wait for each model, whoever they belong to."""
         return {row.model: row.jobs for row in self.database.rows(_COUNT_WAITING)}
 
+    def followers(self, limit: int) -> list[Follower]:
+        """Blocked jobs that may go on from the one before, whoever they belong to."""
+        return [Follower(**row._asdict()) for row in self.database.rows(_FOLLOWERS, {"limit": limit})]
+
+    def release(self, job_id: UUID, tenant_id: str, request: JobRequest, policy: dict[str, str]) -> Waiting | None:
+        """Queue one of them with its whole request. None: it waits no more."""
+        payload = request.payload()
+        fields = {
+            "id": job_id,
+            "tenant": tenant_id,
+            "request": payload,
+            "digest": request.digest(payload),
+            "policy": orjson.dumps(policy).decode() if policy else None,
+        }
+        row = self.database.row(_RELEASE, fields)
+        return None if row is None else _waiting_of(row)
+
+    def strand(self, job_id: UUID, tenant_id: str, error: JobError) -> bool:
+        """End one of them, which has nothing to go on from. False: it waits no more."""
+        fields = {"id": job_id, "tenant": tenant_id, "error": error.model_dump_json()}
+        return self.database.row(_STRAND, fields) is not None
+
     def forget(self, job_id: UUID, tenant_id: str) -> bool:
         """Hide the job from the API for good. False: there is none, or it is hidden already."""
         return self.database.row(_FORGET, {"id": job_id, "tenant": tenant_id}) is not None
@@ -303,9 +337,9 @@ class Store:
             raise NotFound(f"no job {job_id}")
         return _job_of(row._asdict())
 
-    def get_call(self, job_id: UUID, tenant_id: str) -> tuple[Job, JobRequest]:
-        """A job that the API still knows, and what was asked of it. Raises NotFound."""
-        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id})
+    def get_call(self, job_id: UUID, tenant_id: str, *, forgotten: bool = False) -> tuple[Job, JobRequest]:
+        """A job that the API still knows, or has `forgotten`, and what was asked of it. Raises NotFound."""
+        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id, "forgotten": forgotten})
         if row is None:
             raise NotFound(f"no job {job_id}")
         fields = row._asdict()
@@ -546,15 +580,15 @@ def _job_of(fields: dict[str, Any]) -> Job:
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
-                      conversation, turn, key_id, reserved_tokens)
+                      conversation, turn, after_id, key_id, reserved_tokens)
     VALUES (:id, :tenant,
-            CASE WHEN EXISTS (
+            CASE WHEN CAST(:after AS uuid) IS NOT NULL OR EXISTS (
                 SELECT 1 FROM jobs
                 WHERE tenant_id = :tenant AND conversation = CAST(:conversation AS text) AND finished_at IS NULL
             ) THEN 'blocked' ELSE 'queued' END,
             :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
-            CAST(:turn AS integer), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
+            CAST(:turn AS integer), CAST(:after AS uuid), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
@@ -793,6 +827,29 @@ WITH held AS (
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
+# For all tenants at once: see migration 0007.
+_FOLLOWERS = text("SELECT id, tenant_id, after_id FROM headrace_followers(:limit)")
+
+_FOLLOWS = "id = :id AND tenant_id = :tenant AND state = 'blocked' AND after_id IS NOT NULL"
+
+_RELEASE = text(f"""
+WITH released AS (
+    UPDATE jobs SET state = 'queued', run_after = now() WHERE {_FOLLOWS} RETURNING id, model, priority, tenant_id
+), completed AS (
+    UPDATE payloads p SET request = CAST(:request AS json), digest = :digest, policy = CAST(:policy AS json)
+    FROM released r WHERE p.job_id = r.id
+)
+SELECT id, model, priority, tenant_id FROM released
+""")  # noqa: S608
+
+_STRAND = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'failed' AS outcome, NULL AS attempt_outcome, CAST(:error AS json) AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE {_FOLLOWS} FOR UPDATE
+), {_END} {_TAIL}
+""")  # noqa: S608
+
 # The rows of a batch that wait, some at a time. What is locked is being claimed, and is left.
 END_WAITING_ROWS = text(f"""
 WITH held AS (
@@ -953,7 +1010,8 @@ _GET = text(f"{_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
 
 # Of the job, and what it was asked.
 _GET_CALL = text(f"""
-SELECT c.*, p.request FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND p.forgotten_at IS NULL) c
+SELECT c.*, p.request
+FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND (p.forgotten_at IS NULL OR :forgotten)) c
 JOIN payloads p ON p.job_id = c.id
 """)  # noqa: S608
 

@@ -107,6 +107,7 @@ jobs = Table(
     Column("idempotency_key", Text),
     Column("conversation", Text),
     Column("turn", Integer),  # from 1
+    Column("after_id", Uuid),  # the job that it goes on from, if that had not ended when it was accepted
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
     Column("line", BigInteger),  # line number in the batch's input, from 1
     Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
@@ -124,7 +125,7 @@ jobs = Table(
     CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
     CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
     CheckConstraint("(key_id IS NULL) = (reserved_tokens IS NULL)", name="reserved_under_a_key"),
-    CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
+    CheckConstraint("state <> 'blocked' OR turn > 1 OR after_id IS NOT NULL", name="only_later_turns_block"),
     Index(
         "jobs_idempotency_key_key",
         "tenant_id",
@@ -150,6 +151,7 @@ jobs = Table(
         postgresql_where=text("state = 'queued' AND lane = 'interactive'"),
     ),
     Index("jobs_running_idx", "worker_id", postgresql_where=text("state = 'running'")),
+    Index("jobs_after_idx", "after_id", postgresql_where=text("state = 'blocked' AND after_id IS NOT NULL")),
     Index("jobs_blocked_idx", "model", postgresql_where=text("state = 'blocked'")),
     Index(
         "jobs_deadline_idx",
@@ -349,6 +351,7 @@ api_batches = Table(
     Column("idempotency_key", Text),
     Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
     Column("webhook", Text),  # a URL that is told when it has ended
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
     Column("metadata", JSON),
     Column("errors", JSON),  # faults of the file as a whole
     Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them

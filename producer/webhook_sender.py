@@ -93,6 +93,9 @@ class WebhookSender:
         except StoreUnavailable as error:
             log.warning("webhooks wait: %s", error)
             return False
+        except Exception:
+            log.exception("webhooks wait")
+            return False
         for delivery in taken:
             task = asyncio.create_task(self._attempt(pool, delivery))
             self._under_way[task] = delivery.tenant_id

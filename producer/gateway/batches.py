@@ -48,6 +48,7 @@ async def create(request: Request, visitor: Submitter) -> Response:
         idempotency_key=idempotency_key_of(request),
         models=visitor.key.models,
         webhook=webhook_in(body),
+        key_id=None if visitor.key.quota_tokens_per_minute is None else visitor.key.id,
     )
     batch = await in_thread(work)
     visitor.gateway.runner.hurry()

@@ -41,6 +41,7 @@ class Order:
     call: Call | None = None
     idempotency_key: str | None = None
     webhook: str | None = None
+    after: UUID | None = None  # the job that it goes on from, if that has not ended
 
     @property
     def stays(self) -> bool:
@@ -119,7 +120,9 @@ class Flights:
 
     def _submit(self, order: Order, job_id: UUID) -> Job:
         try:
-            return self._visitor.producer.submit(order.request, job_id=job_id, endpoint=order.endpoint, call=order.call)
+            return self._visitor.producer.submit(
+                order.request, job_id=job_id, endpoint=order.endpoint, call=order.call, after=order.after
+            )
         except RequestInvalid as error:
             raise renamed(error, order.asked.names) from None
 
