@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 
-from producer.gateway.app import create_app
+from kit.routes import application
 from producer.openai.requests import ENDPOINTS
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """Of an application that serves nobody."""
-    settings = SimpleNamespace(secret="s" * 40, gateway_body_bytes=1, gateway_file_bytes=1)
-    return create_app(SimpleNamespace(database=None, settings=settings)).openapi()  # type: ignore[arg-type]
+    return application().openapi()
 
 
 def test_every_body_is_described(document: dict[str, Any]) -> None:
