@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from headrace.doctor import Finding
     from jobs.failures import DeadLetter
+    from jobs.figures import Gpu
     from jobs.keys import KeyRecord
     from jobs.leases import Worker
     from jobs.schema import Job
@@ -162,13 +163,30 @@ def jobs(many: Sequence[Job]) -> None:
 
 
 def workers(many: Sequence[Worker]) -> None:
-    """A line for each worker."""
+    """A line for each worker, and below what each of them uses."""
+    if not many:
+        out().print("no live workers")
+        return
     table = _table("model", "state", "running", "slots", "busy", "host", "pid", "up")
     for one in many:
         state = str(one.state) if one.ready else f"{one.state}, not ready"
         columns = [state, str(one.running), str(one.slots), seconds(one.busy_seconds), one.host, str(one.pid)]
         table.add_row(Text(one.model, overflow="ellipsis"), *columns, ago(one.started_at))
-    out().print(table if many else "no live workers")
+    out().print(table)
+    used = _table("gpu", "cpu cores", "memory", "host", "pid")
+    for one in many:
+        gpu = Text(_gpu(one.figures.gpu) if one.figures.gpu else "none", overflow="ellipsis")
+        used.add_row(gpu, f"{one.figures.cpu_cores:.1f}", _gib(one.figures.resident_bytes), one.host, str(one.pid))
+    out().print(used)
+
+
+def _gpu(gpu: Gpu) -> str:
+    busy = "" if gpu.utilization is None else f"{gpu.utilization:.0%}, "
+    return f"{gpu.name}: {busy}{gpu.memory_used_bytes / 2**30:.1f} of {_gib(gpu.memory_total_bytes)}"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def keys(many: Sequence[KeyRecord]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import orjson
 from sqlalchemy import Connection, text
 
 from jobs.database import Database
 from jobs.errors import Fenced
+from jobs.figures import Figures
 from jobs.states import WorkerState
 
 
@@ -23,6 +25,7 @@ class Load:
     ready: bool  # its engine answers
     busy_seconds: float  # the engine's total since it started
     refused_messages: int = 0  # that none of us signed, since its process started
+    figures: Figures | None = None  # None: those that were told last stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Worker:
     started_at: datetime
     seconds_left: float  # of its lease; negative when it is over
     refused_messages: int = 0
+    figures: Figures = field(default_factory=Figures)
 
 
 class Leases:
@@ -75,6 +79,7 @@ class Leases:
             "ready": int(load.ready),
             "busy_seconds": load.busy_seconds,
             "refused_messages": load.refused_messages,
+            "figures": None if load.figures is None else orjson.dumps({"figures": load.figures}).decode(),
             "held": list(held),
         }
         return self.database.run(lambda c: self._renew(c, fields), relaxed=True)
@@ -102,11 +107,16 @@ class Leases:
     def list(self, *, live: bool = True) -> list[Worker]:
         """Workers, the newest first; `live`: only those whose lease runs."""
         rows = self.database.rows(_LIST, {"live": live})
-        return [Worker(**(row._asdict() | {"state": WorkerState(row.state)})) for row in rows]
+        return [_worker(row) for row in rows]
 
     @property
     def _lease(self) -> dict[str, float]:
         return {"lease_seconds": self.lease_seconds}
+
+
+def _worker(row: Any) -> Worker:
+    read = {"state": WorkerState(row.state), "figures": Figures.read(row.figures)}
+    return Worker(**(row._asdict() | read))
 
 
 _REGISTER = text("""
@@ -119,7 +129,8 @@ ON CONFLICT (id) DO NOTHING
 _RENEW = text("""
 UPDATE workers w
 SET lease_until = now() + make_interval(secs => :lease_seconds), renewed_at = now(), running = :running,
-    ready = :ready, busy_seconds = :busy_seconds, refused_messages = :refused_messages
+    ready = :ready, busy_seconds = :busy_seconds, refused_messages = :refused_messages,
+    info = info || coalesce(CAST(:figures AS jsonb), '{}')
 WHERE id = :id AND state IN ('live', 'draining')
 RETURNING EXISTS (
     SELECT 1 FROM batches b WHERE b.state IN ('filling', 'running') AND EXISTS (
@@ -155,7 +166,8 @@ SELECT token FROM jobs WHERE worker_id = :id AND state = 'running' AND cancel_re
 _SET_STATE = text("UPDATE workers SET state = :state WHERE id = :id AND state IN ('live', 'draining')")
 
 _LIST = text("""
-SELECT id, state, model, host, pid, slots, running, ready = 1 AS ready, info, busy_seconds, started_at,
+SELECT id, state, model, host, pid, slots, running, ready = 1 AS ready, info - 'figures' AS info,
+       info -> 'figures' AS figures, busy_seconds, started_at,
        extract(epoch FROM lease_until - now())::double precision AS seconds_left, refused_messages
 FROM workers
 WHERE NOT :live OR (state IN ('live', 'draining') AND lease_until > now())

@@ -363,6 +363,12 @@ class Timings(Frozen):
     """From the moment the job could first start."""
     busy_seconds: float = 0.0
 
+    @property
+    def total_seconds(self) -> float:
+        """All phases together, the wait included."""
+        computed = self.prefill_seconds + self.decode_seconds
+        return self.queue_seconds + self.tokenize_seconds + computed + self.detokenize_seconds
+
 
 class JobError(Frozen):
     """Why a job did not succeed."""

@@ -22,6 +22,7 @@ from models.protocol import (
     Event,
     Failure,
     GenerationRequest,
+    GpuLoad,
     Health,
     InvalidRequest,
     Outcome,
@@ -142,7 +143,12 @@ class BaseEngine(ABC):
             later_steps_seconds=self._later_steps_seconds,
             started_at=self._started_at,
             pid=os.getpid(),
+            gpu=self._gpu(),
         )
+
+    def _gpu(self) -> GpuLoad | None:
+        """Of the device, if it is one. Must not block, either."""
+        return None
 
     def close(self) -> None:
         """See `Engine`."""

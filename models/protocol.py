@@ -213,6 +213,16 @@ Event: TypeAlias = Started | Delta | Ended
 
 
 @dataclass(frozen=True, slots=True)
+class GpuLoad:
+    """A GPU as its driver sees it, whoever uses it."""
+
+    name: str
+    utilization: float | None  # share of the last moments in which it computed, 0 to 1; None: it does not say
+    memory_used_bytes: int
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """What an engine is and does at this moment. `running` and `waiting` count rows (a request has n)."""
 
@@ -231,6 +241,7 @@ class Health:
     later_steps_seconds: float  # of all those after them, that are finished
     started_at: float  # seconds since the epoch
     pid: int
+    gpu: GpuLoad | None = None  # None: there is none, or nothing is known of it
 
 
 class Engine(Protocol):

@@ -22,11 +22,12 @@ from models.base import BaseEngine
 from models.blocks import BlockPool
 from models.catalog import ModelSpec
 from models.fused import prepare_for_cpu
+from models.gpu_meter import GpuMeter
 from models.grammar import Grammars
 from models.kv_pool import KVPool, LayerShape, blocks_in
 from models.loading import choose_device, eos_token_ids, load_model
 from models.prompt import PromptError, PromptFormat, load_prompt_format
-from models.protocol import Event, Failure, GenerationRequest, ModelLoadError
+from models.protocol import Event, Failure, GenerationRequest, GpuLoad, ModelLoadError
 from models.rows import Advance, Row
 from models.runner import Runner, check_attention, layer_shapes
 from models.sampling import Sampler, logprobs, sample
@@ -86,6 +87,7 @@ class TransformersEngine(BaseEngine):
             context_tokens=min(context_tokens, blocks * BLOCK_TOKENS),
             decode=prompt_format.decode,
         )
+        self._meter = _gpu_meter(model.device)
         _announce(spec, shapes, blocks, context_tokens)
 
     def step(self) -> list[Event]:
@@ -100,6 +102,9 @@ class TransformersEngine(BaseEngine):
         """See `Engine`."""
         super().close()
         self._grammars.close()
+
+    def _gpu(self) -> GpuLoad | None:
+        return None if self._meter is None else self._meter.look()
 
     def _prepare(self, request: GenerationRequest) -> Future[Any] | None:
         structure = request.sampling.structure
@@ -264,6 +269,13 @@ def kv_budget_bytes(spec: ModelSpec, device: torch.device) -> int:
 
 def _free_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _gpu_meter(device: torch.device) -> GpuMeter | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return GpuMeter(str(properties.uuid), properties.name)
 
 
 def _announce(spec: ModelSpec, shapes: Sequence[LayerShape], blocks: int, context_tokens: int) -> None:

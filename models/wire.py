@@ -22,6 +22,7 @@ from models.protocol import (
     EngineError,
     Failure,
     GenerationRequest,
+    GpuLoad,
     Health,
     InvalidRequest,
     SamplingParams,
@@ -166,4 +167,5 @@ def _read_structure(value: dict[str, Any] | None) -> Structure | None:
 
 def read_health(value: dict[str, Any]) -> Health:
     """The health a message carries."""
-    return Health(**value)
+    gpu = value.get("gpu")
+    return Health(**{**value, "gpu": None if gpu is None else GpuLoad(**gpu)})

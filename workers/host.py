@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ import orjson
 from jobs.database import Database
 from jobs.dispatch import Dispatcher
 from jobs.errors import Fenced, StoreUnavailable
+from jobs.figures import Figures, Gpu, Latencies
 from jobs.leases import Leases, Load, Renewal
 from jobs.retention import Retention
 from jobs.settings import Settings
@@ -29,11 +30,13 @@ from jobs.store import Claim, Settled, Settlement, Store, Waiting
 from jobs.streams import Piece, Streams
 from models.catalog import ModelSpec
 from models.prompt import load_prompt_format
+from models.protocol import Health
 from workers.committer import Committer
 from workers.company import Company
 from workers.engine_link import EngineLink
 from workers.health import HealthFolder
 from workers.loops import Loop
+from workers.meter import Meter
 from workers.sweeper import Sweeper
 from workers.telling import PieceTeller
 from workers.watchdog import Watchdog
@@ -137,6 +140,8 @@ class Host:
         self.format = load_prompt_format(spec)
         self._health = health
         self._engine_moves = False
+        self._meter = Meter()
+        self._latencies = {str(lane): Latencies() for lane in Lane}
         url, patience_seconds = settings.database_url, settings.store_wait_seconds
         self._database = Database(url, patience_seconds, pool_size=8, answer_seconds=patience_seconds)
         # Heartbeats and sweeps have connections and patience of their own: no burst of claims may delay them; one
@@ -295,7 +300,15 @@ class Host:
         self._engine_moves = health is not None and (health.step_seconds or 0.0) < _LONG_STEP_SECONDS
         ready = self._engine_moves and self.consumes()
         busy_seconds = self.engine.busy_seconds - self._busy_before
-        return Load(len(self.hands.all()), ready, busy_seconds, self.signer.refused)
+        return Load(len(self.hands.all()), ready, busy_seconds, self.signer.refused, self._figures(health))
+
+    def _figures(self, health: Health | None) -> Figures | None:
+        """What is known while the engine answers."""
+        if health is None:
+            return None
+        processes = self._meter.look({"consumer": os.getpid(), "engine": health.pid})
+        gpu = None if health.gpu is None else Gpu(**asdict(health.gpu))
+        return Figures(processes, gpu, health.steps, self._latencies)
 
     @property
     def signer(self) -> MessageSigner:
@@ -348,6 +361,7 @@ class Host:
     def _announce(self, settlements: Sequence[Settlement], settled: Settled) -> None:
         """In the committer's thread: what was settled leaves our hands; then whoever waits is told."""
         dropped = self.hands.drop([settlement.token for settlement in settlements])
+        self._note_latencies(settlements, settled, dropped)
         interactive = {one.claim.id: one.claim for one in dropped if one.claim.lane is Lane.INTERACTIVE}
         done = [s for s in settlements if s.id in settled.done and s.id in interactive]
         self._signals.publish(ENDED, [s.id for s in done if not s.requeues])
@@ -356,3 +370,14 @@ class Host:
         messages = [*settled.released, *(Waiting(c.id, c.model, c.priority, c.tenant_id) for c in released)]
         if messages:
             self.dispatcher.publish(messages)
+
+    def _note_latencies(self, settlements: Sequence[Settlement], settled: Settled, dropped: Sequence[Held]) -> None:
+        lanes = {one.claim.token: one.claim.lane for one in dropped}
+        for settlement in settlements:
+            answered = settlement.outcome is AttemptOutcome.SUCCEEDED and settlement.id in settled.done
+            if answered and settlement.token in lanes:
+                latencies, timings = self._latencies[lanes[settlement.token]], settlement.timings
+                latencies.queue.note(timings.queue_seconds)
+                latencies.job.note(timings.total_seconds)
+                if timings.time_to_first_token_seconds is not None:
+                    latencies.first_token.note(timings.time_to_first_token_seconds)

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.errors import StoreUnavailable
+from jobs.figures import BOUNDS, Distribution, Gpu
 from jobs.leases import Worker
 from jobs.overview import EndedJobs, Ends, OpenJobs, open_jobs
 from jobs.states import Lane, State
@@ -151,7 +153,13 @@ class SystemCollector(Collector):
             jobs, ended = open_jobs(self._database), self._ends.look()
         except StoreUnavailable:
             return [_store_up(answers=False)]
-        return [_store_up(answers=True), *_of_open_jobs(jobs, workers), *_of_ended_jobs(ended), *_of_workers(workers)]
+        return [
+            _store_up(answers=True),
+            *_of_open_jobs(jobs, workers),
+            *_of_ended_jobs(ended),
+            *_of_workers(workers),
+            *_of_latencies(workers),
+        ]
 
 
 def _store_up(*, answers: bool) -> Metric:
@@ -217,7 +225,7 @@ def _of_workers(workers: Sequence[Worker]) -> Iterator[Metric]:
         "headrace_worker_refused_messages", "Messages that it refused, for none of us signed them.", labels=_WORKER
     )
     for worker in workers:
-        labels = (worker.id.hex, worker.model, worker.host)
+        labels = _labels(worker)
         state.add_metric((*labels, str(worker.state)), 1)
         ready.add_metric(labels, float(worker.ready))
         slots.add_metric(labels, worker.slots)
@@ -225,3 +233,64 @@ def _of_workers(workers: Sequence[Worker]) -> Iterator[Metric]:
         busy.add_metric(labels, worker.busy_seconds)
         refused.add_metric(labels, worker.refused_messages)
     yield from (state, ready, slots, running, busy, refused)
+    yield from _of_processes(workers)
+    yield from _of_gpus([(_labels(worker), worker.figures.gpu) for worker in workers if worker.figures.gpu])
+
+
+def _labels(worker: Worker) -> tuple[str, ...]:
+    return (worker.id.hex, worker.model, worker.host)
+
+
+def _of_processes(workers: Sequence[Worker]) -> Iterator[Metric]:
+    labels = (*_WORKER, "process")
+    cpu = CounterMetricFamily("headrace_worker_cpu_seconds", "Processor time since its process started.", labels=labels)
+    memory = GaugeMetricFamily("headrace_worker_resident_bytes", "Memory that its process has.", labels=labels)
+    steps = CounterMetricFamily("headrace_worker_steps", "Steps of its engine since that started.", labels=_WORKER)
+    for worker in workers:
+        steps.add_metric(_labels(worker), worker.figures.steps)
+        for name, process in worker.figures.processes.items():
+            cpu.add_metric((*_labels(worker), name), process.cpu_seconds)
+            memory.add_metric((*_labels(worker), name), process.resident_bytes)
+    yield from (cpu, memory, steps)
+
+
+def _of_gpus(gpus: Sequence[tuple[tuple[str, ...], Gpu]]) -> Iterator[Metric]:
+    """As the driver sees them: whoever uses them."""
+    prefix, labels = "headrace_worker_gpu", (*_WORKER, "gpu")
+    busy = GaugeMetricFamily(f"{prefix}_utilization_ratio", "Share of the time in which it computed.", labels=labels)
+    used = GaugeMetricFamily(f"{prefix}_memory_used_bytes", "Memory of it that is in use.", labels=labels)
+    total = GaugeMetricFamily(f"{prefix}_memory_total_bytes", "Memory that it has.", labels=labels)
+    for worker, gpu in gpus:
+        named = (*worker, gpu.name)
+        if gpu.utilization is not None:
+            busy.add_metric(named, gpu.utilization)
+        used.add_metric(named, gpu.memory_used_bytes)
+        total.add_metric(named, gpu.memory_total_bytes)
+    yield from (busy, used, total)
+
+
+def _of_latencies(workers: Sequence[Worker]) -> Iterator[Metric]:
+    """Of jobs that were answered, each worker's since it started."""
+    labels = (*_WORKER, "lane")
+    queue = HistogramMetricFamily(
+        "headrace_job_queue_seconds", "From when a job could start to its first step.", labels=labels
+    )
+    first = HistogramMetricFamily(
+        "headrace_job_first_token_seconds", "From when a job could start to its first token.", labels=labels
+    )
+    whole = HistogramMetricFamily(
+        "headrace_job_duration_seconds", "From when a job could start to its end.", labels=labels
+    )
+    for worker in workers:
+        for lane, latencies in worker.figures.latencies.items():
+            named = (*_labels(worker), lane)
+            queue.add_metric(named, *_buckets(latencies.queue))
+            first.add_metric(named, *_buckets(latencies.first_token))
+            whole.add_metric(named, *_buckets(latencies.job))
+    yield from (queue, first, whole)
+
+
+def _buckets(one: Distribution) -> tuple[list[tuple[str, float]], float]:
+    """As Prometheus counts: each bucket holds those before it."""
+    bounds = [*(str(bound) for bound in BOUNDS), "+Inf"]
+    return [*zip(bounds, map(float, accumulate(one.counts)), strict=True)], one.seconds

@@ -117,6 +117,9 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "running": worker.running,
         "ready": worker.ready,
         "busy_seconds": worker.busy_seconds,
+        "cpu_cores": worker.figures.cpu_cores,
+        "resident_bytes": worker.figures.resident_bytes,
+        "gpu": worker.figures.gpu,
     }
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 
-from jobs.settings import Settings
-from producer.gateway.app import create_app
+from kit.routes import application
 from producer.openai.requests import ENDPOINTS
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """Of an application that serves nobody."""
-    settings = Settings.load(
-        database_url="postgresql://nobody@localhost/none", broker_url="redis://localhost", secret="s" * 40
-    )
-    return create_app(SimpleNamespace(database=None, settings=settings)).openapi()  # type: ignore[arg-type]
+    return application().openapi()
 
 
 def test_every_body_is_described(document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from headrace import show
 from headrace.progress import Lines, Pace, count, display, pace
+from jobs.figures import Figures, Gpu, Process
 from jobs.leases import Worker
 from jobs.schema import Choice, Cost, Job, JobError, Timings, Usage
 from jobs.states import Lane, State, WorkerState
@@ -151,8 +153,12 @@ def test_lists_fit_into_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     started = datetime.now(UTC) - timedelta(hours=3)
     model = "some-organisation/a-model-with-a-very-long-name"
     worker = Worker(JOB_ID, WorkerState.LIVE, model, "host", 4_000_000, 64, 3, True, {}, 12.0, started, 9.0)
-    show.workers([worker])
+    process = Process(cpu_seconds=100.0, cpu_cores=1.25, resident_bytes=3 << 30)
+    gpu = Gpu("NVIDIA H200", 0.97, 100 << 30, 139 << 30)
+    show.workers([replace(worker, figures=Figures({"consumer": process, "engine": process}, gpu))])
     lines = capsys.readouterr().out.splitlines()
+    used = "NVIDIA H200: 97%, 100.0 of 139.0 GiB 2.5 6.0 GiB host"
+    assert any(used in " ".join(line.split()) for line in lines)
     assert max(map(len, lines)) <= WIDTH
     assert sum(str(JOB_ID) in line for line in lines) == 2
     assert any("4000000" in line for line in lines)

@@ -63,10 +63,21 @@ async function look() {
   }));
   at("room").hidden = !seen.workers;
   if (seen.workers) {
-    fill("workers", seen.workers.map((one) => [one.model, state(one.state), one.host, one.running, one.slots, one.busy_seconds.toFixed(1)]));
+    fill("workers", seen.workers.map((one) => [one.model, state(one.state), one.host, one.running, one.slots, one.busy_seconds.toFixed(1),
+      one.cpu_cores.toFixed(1), gib(one.resident_bytes), gpu(one.gpu)]));
     fill("queues", Object.entries(seen.queues));
   }
   if (shown) await detail();
+}
+
+function gib(bytes) {
+  return `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+}
+
+function gpu(one) {
+  if (!one) return "";
+  const busy = one.utilization === null ? "" : `${Math.round(100 * one.utilization)} %, `;
+  return `${busy}${(one.memory_used_bytes / 2 ** 30).toFixed(1)} of ${gib(one.memory_total_bytes)}`;
 }
 
 function facts(job) {

@@ -124,6 +124,29 @@ def test_ended_jobs_and_their_tokens(admin: httpx2.Client, client: openai.OpenAI
     wait_until(told, PATIENCE_SECONDS, "the job is counted with its tokens")
 
 
+def test_what_workers_use_and_how_long_jobs_take(admin: httpx2.Client, client: openai.OpenAI) -> None:
+    """Of each process; and each job that was answered is in every histogram once."""
+    echo = {"model": "echo", "lane": "interactive"}
+    histograms = [f"headrace_job_{name}_seconds" for name in ("queue", "first_token", "duration")]
+    look(admin)
+    before = look(admin)
+    client.chat.completions.create(model="echo", messages=HELLO)
+
+    def told() -> bool:  # with the next heartbeat
+        after = look(admin)
+        return all(after.sum(f"{name}_count", **echo) > before.sum(f"{name}_count", **echo) for name in histograms)
+
+    wait_until(told, PATIENCE_SECONDS, "the job is in the histograms")
+    after = look(admin)
+    for name in histograms:
+        assert after.sum(f"{name}_bucket", **echo, le="+Inf") == after.sum(f"{name}_count", **echo)
+        assert after.sum(f"{name}_bucket", **echo, le="600.0") == after.sum(f"{name}_count", **echo)
+    for process in ("consumer", "engine"):
+        assert after.sum("headrace_worker_cpu_seconds_total", model="echo", process=process) > 0
+        assert after.sum("headrace_worker_resident_bytes", model="echo", process=process) > 10_000_000
+    assert after.sum("headrace_worker_steps_total", model="echo") > 0
+
+
 def test_a_queue_that_nobody_serves_is_seen(
     system: System, admin: httpx2.Client, client: openai.OpenAI, stranger: openai.OpenAI
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from jobs.batches import Batches, Line
 from jobs.database import Database
 from jobs.errors import Fenced
+from jobs.figures import Figures, Gpu, Latencies, Process
 from jobs.ids import new_id
 from jobs.leases import Leases, Load
 from jobs.states import State, WorkerState
@@ -42,6 +43,25 @@ def test_renew(worker: Worker, tables: Tables) -> None:
     assert (seen.running, seen.ready, seen.busy_seconds, seen.refused_messages) == (3, False, 1.5, 2)
     assert seen.seconds_left == pytest.approx(LEASE_SECONDS, abs=3)
     assert (renewal.cancelled, renewal.backlog) == ((), False)
+
+
+def test_what_a_worker_tells_of_itself(worker: Worker) -> None:
+    """It is read as it was written, beside what was said at first, and stands until there is something newer."""
+    latencies = Latencies()
+    for seconds in (0.001, 0.3, 5_000.0):
+        latencies.job.note(seconds)
+    told = Figures(
+        {"engine": Process(cpu_seconds=2.5, cpu_cores=0.5, resident_bytes=1 << 30)},
+        Gpu("H200", 0.97, 1 << 30, 1 << 37),
+        steps=7,
+        latencies={"bulk": latencies},
+    )
+    [before] = worker.leases.list()
+    assert before.figures == Figures()
+    for figures in (told, None):
+        worker.leases.renew(worker.id, Load(running=0, ready=True, busy_seconds=0.0, figures=figures), [])
+        [seen] = worker.leases.list()
+        assert (seen.figures, seen.info) == (told, before.info)
 
 
 def test_renew_after_the_end_of_the_lease(worker: Worker, tables: Tables) -> None:
