@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     """Longest file that the gateway takes."""
     gateway_waiting_jobs: int = Field(1_000, ge=1)
     """So many interactive jobs may wait for one model before the gateway answers 429."""
+    gateway_tenant_requests: int = Field(1_000, ge=1)
+    """So many requests of one tenant, streams too, may be open at a gateway before it answers 429."""
     gateway_metrics_address: str | None = Field(None, pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")
     """host:port where a gateway serves `/metrics` to whoever can reach it. Absent: only beside its other routes, to
     keys with the role admin."""

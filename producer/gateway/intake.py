@@ -16,10 +16,12 @@ MAX_DEPTH = 100
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The body, which must be a JSON object. Raises RequestInvalid."""
+    """The body, which must be a JSON object. Raises RequestInvalid, ApiError."""
     raw = await request.body()
     if not raw:
         raise RequestInvalid("body", "is empty; a JSON object is expected", "invalid_json")
+    if caller := getattr(request.state, "caller", None):  # what somebody else may send is short
+        await request.app.state.gateway.screen.check_body(caller.tenant_id, raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

@@ -170,6 +170,7 @@ async def _parent(visitor: Visitor, name: str, *, ended: bool) -> tuple[Job, Job
     if job.call is not None and not job.call.stored:
         raise not_found("response", name)
     if ended and not job.state.final:
+        visitor.turn.end()
         with visitor.gateway.follower.ear(response_id) as ear:
             await ear.end()
         job, request = await _found(visitor, response_id, name)
@@ -227,6 +228,7 @@ async def cancel(name: str, visitor: Submitter) -> Response:
         return json_reply(response(job))
     job = await in_thread(visitor.producer.cancel, response_id)
     if not job.state.final:  # its worker stops it within a step
+        visitor.turn.end()
         with visitor.gateway.follower.ear(response_id) as ear:
             await ear.end()
         job, _ = await _found(visitor, response_id, name)

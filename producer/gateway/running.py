@@ -77,6 +77,8 @@ class Flights:
         """Submit all. Raises ApiError, RequestInvalid in the caller's terms, and what `Producer.submit` raises."""
         model = orders[0].request.model
         self._visitor.require_model(model)
+        for order in orders:
+            await self._screen(order)
         foreground = orders[0].call is None or not orders[0].call.background
         await self._visitor.gateway.admission.admit(model, foreground=foreground, jobs=len(orders))
         try:
@@ -85,7 +87,15 @@ class Flights:
         except BaseException:
             await self.close()
             raise
+        self._visitor.turn.end()
         return self._all
+
+    async def _screen(self, order: Order) -> None:
+        visitor = self._visitor
+        try:
+            await visitor.gateway.screen.check_structure(visitor.tenant_id, order.request)
+        except RequestInvalid as error:
+            raise renamed(error, order.asked.names) from None
 
     async def _start(self, order: Order) -> Flight:
         job_id = new_id()

@@ -24,7 +24,7 @@ from jobs.settings import Settings
 from kit.canaries import has_leaked
 from kit.waiting import wait_until
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 END_SECONDS = 60.0
 
 
