@@ -19,7 +19,7 @@ from jobs.states import Role
 from jobs.tables import LOCAL_TENANT
 
 _PROBE_SECONDS = 5.0
-_EXTRA = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn", "uvloop")
+_EXTRA = ("fastapi", "httpcore2", "httptools", "prometheus_client", "python_multipart", "uvicorn", "uvloop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says that the routes themselves do not: bodies, parameters of queries, keys, errors.
+"""What the OpenAPI document says that the routes themselves do not: bodies, queries, answers, keys, errors.
 
 The bounds of a request's fields are those of `JobRequest`, which checks them; nothing checks a body against this.
 """
@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from jobs.schema import JobRequest
+from producer.openai import shapes
 from producer.openai.requests import CHAT, COMPLETIONS, ENDPOINTS, RESPONSES
 
 Schema: TypeAlias = dict[str, Any]
@@ -138,6 +140,67 @@ CONVERSATION_BODY = body(_object(items=_ITEMS, metadata=_METADATA), required=Fal
 METADATA_BODY = body(_object("metadata", metadata=_METADATA))
 ITEMS_BODY = body(_object("items", items=_ITEMS))
 
+# == answers ====================================================================================================
+
+_EVENTS = "text/event-stream"
+# By route: what it answers if all is well. Those that stream as well answer events then.
+_ANSWERS: dict[tuple[str, str], type] = {
+    ("get", "/v1/models"): shapes.ModelList,
+    ("get", "/v1/models/{model}"): shapes.Model,
+    ("post", "/v1/files"): shapes.FileObject,
+    ("get", "/v1/files"): shapes.FileList,
+    ("get", "/v1/files/{name}"): shapes.FileObject,
+    ("delete", "/v1/files/{name}"): shapes.Deleted,
+    ("post", "/v1/batches"): shapes.Batch,
+    ("get", "/v1/batches"): shapes.BatchList,
+    ("get", "/v1/batches/{name}"): shapes.Batch,
+    ("post", "/v1/batches/{name}/cancel"): shapes.Batch,
+    ("post", RESPONSES): shapes.ModelResponse,
+    ("post", "/v1/responses/input_tokens"): shapes.InputTokens,
+    ("get", "/v1/responses/{name}"): shapes.ModelResponse,
+    ("delete", "/v1/responses/{name}"): shapes.Deleted,
+    ("post", "/v1/responses/{name}/cancel"): shapes.ModelResponse,
+    ("get", "/v1/responses/{name}/input_items"): shapes.ItemList,
+    ("post", "/v1/conversations"): shapes.ConversationObject,
+    ("get", "/v1/conversations/{name}"): shapes.ConversationObject,
+    ("post", "/v1/conversations/{name}"): shapes.ConversationObject,
+    ("delete", "/v1/conversations/{name}"): shapes.Deleted,
+    ("post", "/v1/conversations/{name}/items"): shapes.ItemList,
+    ("get", "/v1/conversations/{name}/items"): shapes.ItemList,
+    ("get", "/v1/conversations/{name}/items/{item}"): shapes.MessageItem,
+    ("delete", "/v1/conversations/{name}/items/{item}"): shapes.ConversationObject,
+    ("post", CHAT): shapes.ChatCompletion,
+    ("post", COMPLETIONS): shapes.TextCompletion,
+    ("get", "/health"): shapes.Health,
+    ("get", "/ready"): shapes.Ready,
+}
+_STREAMING = {("post", RESPONSES), ("get", "/v1/responses/{name}"), ("post", CHAT), ("post", COMPLETIONS)}
+# What is no JSON, and what is always refused.
+_BYTES = {("get", "/v1/files/{name}/content"): "application/octet-stream", ("get", "/metrics"): "text/plain"}
+_REFUSED = {("delete", "/v1/models/{model}")}
+
+
+def _put_answers(paths: Schema) -> Schema:
+    """Into the operations of the document; the schemas that they refer to."""
+    adapters: dict[tuple[str, str], TypeAdapter[Any]] = {route: TypeAdapter(shape) for route, shape in _ANSWERS.items()}
+    found, whole = TypeAdapter.json_schemas(
+        [(route, "serialization", adapter) for route, adapter in adapters.items()],
+        ref_template=_COMPONENTS + "{model}",
+    )
+    answers: dict[tuple[str, str], Schema] = {
+        route: {"application/json": {"schema": schema}} for (route, _), schema in found.items()
+    }
+    for route in _STREAMING:
+        answers[route][_EVENTS] = {"schema": _TEXT}
+    answers |= {route: {media: {"schema": _TEXT}} for route, media in _BYTES.items()}
+    for (method, path), content in answers.items():
+        paths[path][method]["responses"]["200"]["content"] = content
+    for method, path in _REFUSED:
+        del paths[path][method]["responses"]["200"]
+    schemas: Schema = whole["$defs"]
+    return schemas
+
+
 # == the whole ==================================================================================================
 
 _NOTHING_OR_TEXT = {"type": ["string", "null"]}
@@ -163,7 +226,7 @@ def documented(app: FastAPI, open_paths: frozenset[str]) -> Callable[[], Schema]
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes)
             components = made.setdefault("components", {})
-            components["schemas"] = components.get("schemas", {}) | _REQUEST["$defs"]
+            components["schemas"] = components.get("schemas", {}) | _REQUEST["$defs"] | _put_answers(made["paths"])
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             made["security"] = [{"key": []}]
             for path in open_paths & made["paths"].keys():

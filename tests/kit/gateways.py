@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -9,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
+import psutil
 from sqlalchemy import make_url
 
+from headrace import gateway
 from jobs.access import admit_gateway
 from jobs.database import Database
 from jobs.keys import ApiKey, Keys
@@ -47,14 +52,42 @@ class RunningGateway:
 @contextmanager
 def gateway_on(settings: Settings) -> Iterator[RunningGateway]:
     """A gateway on these servers, on a free port of loopback, as a user whom Postgres shows one tenant at a time."""
+    url = _admitted(settings)
+    with (
+        Producer(settings.model_copy(update={"database_url": url})) as producer,
+        _serving(producer) as address,
+        _running(settings, address) as running,
+    ):
+        yield running
+
+
+@contextmanager
+def gateway_process_on(settings: Settings) -> Iterator[tuple[RunningGateway, psutil.Process]]:
+    """The same as a process of its own, whose memory and files are nobody else's."""
+    place = gateway.place()
+    environment = os.environ | settings.environment() | {"HEADRACE_GATEWAY_DATABASE_URL": _admitted(settings)}
+    with subprocess.Popen([sys.executable, "-m", *place.arguments], env=environment) as process:
+        try:
+            wait_until(
+                lambda: process.poll() is not None or place.answers(), START_SECONDS, "the gateway takes requests"
+            )
+            with _running(settings, place.url) as running:
+                yield running, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+
+
+def _admitted(settings: Settings) -> str:
+    """Where a gateway finds Postgres, as the user that it is there."""
     owner_url = str(settings.database_url)
     url = make_url(owner_url).set(**_USER).render_as_string(hide_password=False)
     admit_gateway(owner_url, url, str(settings.secret))
-    with (
-        closing(Database(owner_url, pool_size=2)) as owner,
-        Producer(settings.model_copy(update={"database_url": url})) as producer,
-        _serving(producer) as address,
-    ):
+    return url
+
+
+@contextmanager
+def _running(settings: Settings, address: str) -> Iterator[RunningGateway]:
+    with closing(Database(str(settings.database_url), pool_size=2)) as owner:
         running = RunningGateway(address, Keys(owner))
         try:
             yield running

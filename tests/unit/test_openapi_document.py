@@ -26,6 +26,15 @@ def test_every_body_is_described(document: dict[str, Any]) -> None:
     }
 
 
+def test_every_answer_is_described(document: dict[str, Any]) -> None:
+    """Whatever is answered has a schema, and a type of its own; what is always refused has no answer."""
+    operations = [(path, one) for path, methods in document["paths"].items() for one in methods.values()]
+    answers = [answer["content"] for _, one in operations if (answer := one["responses"].get("200"))]
+    assert len(answers) == len(operations) - 1
+    assert all(media["schema"] for content in answers for media in content.values())
+    assert sum("text/event-stream" in content for content in answers) == 4
+
+
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     """Within the document itself."""
     names = {text.split('"')[0] for text in orjson.dumps(document).decode().split("#/components/schemas/")[1:]}
