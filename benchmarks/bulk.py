@@ -34,7 +34,7 @@ _POOLS = {"threads": _THREADS, "prefork": 2}
 def measure(*, quick: bool) -> bool:
     """Interleaved rounds; returns whether the promise held."""
     prompts = questions(1000 if quick else None)
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 5
     rates: dict[str, list[float]] = {"headrace": [], **{f"celery {pool}": [] for pool in _POOLS}}
     gc.freeze()  # as `headrace run` does; it spares both sides' client the same
     with servers() as running:

@@ -77,8 +77,9 @@ _NOBODY = _Tenant()
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
 
-    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure. Postgres
-    gives a client up that is silent for `idle_seconds` in a transaction.
+    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure; so are
+    all that idle, which stood as long: else each would cost that wait anew. Postgres gives a client up that is silent
+    for `idle_seconds` in a transaction.
 
     Relaxed commits do not wait for the disk. They are for what a crash of Postgres may undo harmlessly: claims (the
     token guards them), leases and bookkeeping of messages.
@@ -99,7 +100,8 @@ class Database:
         self._signer = signer
         self._tenant = _NOBODY
         self.wait_seconds = wait_seconds
-        make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, answer_seconds=answer_seconds)
+        patience = _Patience(answer_seconds, self.close)
+        make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, patience=patience)
         session = f"{_SESSION} -c idle_in_transaction_session_timeout={1000 * idle_seconds:.0f}"
         self._durable = make(session)
         self._single = make(session, autocommit=True)
@@ -168,26 +170,36 @@ class Database:
             engine.dispose()
 
 
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """With a server that has been asked."""
+
+    answer_seconds: float = _ANSWER_SECONDS
+    then: Callable[[], None] = lambda: None
+
+
 class _Connection(psycopg.Connection[Any]):
     """One that does not wait for ever."""
 
-    answer_seconds = _ANSWER_SECONDS
+    patience = _Patience()
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """As psycopg's, but bounded; then it is closed, for its answer may still come."""
+        answer_seconds = self.patience.answer_seconds
         try:
-            return super().wait(gen, interval, timeout or self.answer_seconds)
+            return super().wait(gen, interval, timeout or answer_seconds)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - the public API has no such bound
             self.pgconn.finish()
-            raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} s") from None
+            self.patience.then()
+            raise psycopg.OperationalError(f"no answer within {answer_seconds:g} s") from None
 
 
 def _engine(
-    url: str, session: str, *, wait_seconds: float, pool_size: int, answer_seconds: float, autocommit: bool = False
+    url: str, session: str, *, wait_seconds: float, pool_size: int, patience: _Patience, autocommit: bool = False
 ) -> Engine:
     def connect(_dialect: Any, _record: Any, arguments: Sequence[Any], options: dict[str, Any]) -> _Connection:
         connection = _Connection.connect(*arguments, **options)
-        connection.answer_seconds = answer_seconds
+        connection.patience = patience
         return connection
 
     engine = create_engine(

@@ -72,6 +72,7 @@ class ModelSpec(BaseModel):
     slots: int = Field(default=16, ge=1, le=4_096)  # rows computed together
     kv_memory_bytes: int | None = Field(default=None, ge=1)  # for keys and values; None: of the memory that is free
     gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1)  # for weights, keys and values; None: 0.9
+    cpu_threads: int | None = Field(default=None, ge=1)  # that compute; None: all cores but one
     tier: str = Field(default="standard", min_length=1)
     default_max_tokens: int = Field(default=512, ge=1)
     default_temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)  # of requests that name none

@@ -286,10 +286,9 @@ def check_request(request: GenerationRequest, *, vocab_tokens: int, context_toke
     _check_logprobs(request.sampling, len(request.prompt_token_ids))
     _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, context_tokens)
     deadline = request.deadline_seconds
-    _require(
-        deadline is None or _is_number(deadline, above=0.0), "deadline_seconds", f"must be above 0, not {deadline!r}"
-    )
-    _require(_is_integer(request.priority, 0, 9), "priority", f"must be 0 to 9, not {request.priority!r}")
+    good = deadline is None or _is_number(deadline, above=0.0)
+    _require(good, "deadline_seconds", "must be above 0, not {!r}", deadline)
+    _require(_is_integer(request.priority, 0, 9), "priority", "must be 0 to 9, not {!r}", request.priority)
     _require(isinstance(request.cache_salt, str), "cache_salt", "must be text")
 
 
@@ -304,30 +303,25 @@ def _check_prompt(token_ids: Sequence[int], vocab_tokens: int) -> None:
 def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
     fewest = 1 if sampling.prompt_logprobs is None else 0
     good = _is_integer(sampling.max_tokens, fewest)
-    _require(good, "max_tokens", f"must be at least {fewest}, not {sampling.max_tokens!r}")
+    _require(good, "max_tokens", "must be at least {}, not {!r}", fewest, sampling.max_tokens)
     _check_range("temperature", sampling.temperature, 0.0, 2.0)
-    _require(
-        _is_number(sampling.top_p, above=0.0, at_most=1.0),
-        "top_p",
-        f"must be above 0 and at most 1, not {sampling.top_p!r}",
-    )
-    _require(_is_integer(sampling.top_k, 0), "top_k", f"must be 0 (off) or more, not {sampling.top_k!r}")
+    good = _is_number(sampling.top_p, above=0.0, at_most=1.0)
+    _require(good, "top_p", "must be above 0 and at most 1, not {!r}", sampling.top_p)
+    _require(_is_integer(sampling.top_k, 0), "top_k", "must be 0 (off) or more, not {!r}", sampling.top_k)
     _check_range("min_p", sampling.min_p, 0.0, 1.0)
     _check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
-    _require(
-        _is_number(sampling.repetition_penalty, above=0.0, at_most=10.0),
-        "repetition_penalty",
-        f"must be above 0 and at most 10, not {sampling.repetition_penalty!r}",
-    )
+    good = _is_number(sampling.repetition_penalty, above=0.0, at_most=10.0)
+    _require(good, "repetition_penalty", "must be above 0 and at most 10, not {!r}", sampling.repetition_penalty)
     seed = sampling.seed
-    _require(seed is None or _is_integer(seed, -(2**63), 2**63 - 1), "seed", f"must fit 64 bits, not {seed!r}")
-    _require(_is_integer(sampling.n, 1, MAX_CHOICES), "n", f"must be 1 to {MAX_CHOICES}, not {sampling.n!r}")
+    _require(seed is None or _is_integer(seed, -(2**63), 2**63 - 1), "seed", "must fit 64 bits, not {!r}", seed)
+    _require(_is_integer(sampling.n, 1, MAX_CHOICES), "n", "must be 1 to {}, not {!r}", MAX_CHOICES, sampling.n)
     _check_stop(sampling.stop)
     _check_stop_token_ids(sampling.stop_token_ids, vocab_tokens)
     _check_logit_bias(sampling.logit_bias, vocab_tokens)
     good = _is_integer(sampling.min_tokens, 0, sampling.max_tokens)
-    _require(good, "min_tokens", f"must be 0 to max_tokens ({sampling.max_tokens}), not {sampling.min_tokens!r}")
+    problem = "must be 0 to max_tokens ({}), not {!r}"
+    _require(good, "min_tokens", problem, sampling.max_tokens, sampling.min_tokens)
     if sampling.structure is not None:
         check_structure(sampling.structure)
         _require(
@@ -339,23 +333,23 @@ def _check_sampling(sampling: SamplingParams, vocab_tokens: int) -> None:
 
 
 def _check_stop(stop: Sequence[str]) -> None:
-    _require(len(stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings, not {len(stop)}")
+    _require(len(stop) <= MAX_STOP_STRINGS, "stop", "at most {} strings, not {}", MAX_STOP_STRINGS, len(stop))
     fits = all(_is_text(text, at_most=MAX_STOP_CHARACTERS) for text in stop)
-    _require(fits, "stop", f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+    _require(fits, "stop", "each string must have 1 to {} characters", MAX_STOP_CHARACTERS)
 
 
 def _check_stop_token_ids(token_ids: Sequence[int], vocab_tokens: int) -> None:
     field, count = "stop_token_ids", len(token_ids)
-    _require(count <= MAX_STOP_TOKEN_IDS, field, f"at most {MAX_STOP_TOKEN_IDS} tokens, not {count}")
+    _require(count <= MAX_STOP_TOKEN_IDS, field, "at most {} tokens, not {}", MAX_STOP_TOKEN_IDS, count)
     for token in token_ids:
         known = _is_integer(token, 0, vocab_tokens - 1)
-        _require(known, field, f"token id {token!r} is not in the vocabulary of {vocab_tokens}")
+        _require(known, field, "token id {!r} is not in the vocabulary of {}", token, vocab_tokens)
 
 
 def _check_logprobs(sampling: SamplingParams, prompt_tokens: int) -> None:
     for field, top in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
         good = top is None or _is_integer(top, 0, MAX_TOP_LOGPROBS)
-        _require(good, field, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top!r}")
+        _require(good, field, "must be 0 to {}, not {!r}", MAX_TOP_LOGPROBS, top)
     check_logprob_values(sampling.n * sampling.max_tokens, sampling.logprobs, prompt_tokens, sampling.prompt_logprobs)
 
 
@@ -363,9 +357,8 @@ def check_logprob_values(tokens: int, top: int | None, prompt_tokens: int, promp
     """Raise `InvalidRequest` if telling so many alternatives of so many tokens would be too much for one result."""
     generated = 0 if top is None else tokens * (1 + top)
     prompt = 0 if prompt_top is None else prompt_tokens * (1 + prompt_top)
-    field = "logprobs" if generated >= prompt else "prompt_logprobs"
-    message = f"could be {generated + prompt:,} values; at most {MAX_LOGPROB_VALUES:,}"
-    _require(generated + prompt <= MAX_LOGPROB_VALUES, field, message)
+    field, values = "logprobs" if generated >= prompt else "prompt_logprobs", generated + prompt
+    _require(values <= MAX_LOGPROB_VALUES, field, "could be {:,} values; at most {:,}", values, MAX_LOGPROB_VALUES)
 
 
 def check_structure(structure: Structure) -> None:
@@ -380,16 +373,16 @@ def check_structure(structure: Structure) -> None:
     if structure.choice is not None:
         count = len(structure.choice)
         good = 1 <= count <= MAX_STRUCTURE_CHOICES
-        _require(good, "choice", f"must be 1 to {MAX_STRUCTURE_CHOICES} texts, not {count}")
+        _require(good, "choice", "must be 1 to {} texts, not {}", MAX_STRUCTURE_CHOICES, count)
         for text in structure.choice:
             _check_size("choice", text, MAX_SCHEMA_BYTES)
         _check_size("choice", "".join(structure.choice), MAX_SCHEMA_BYTES)
 
 
 def _check_size(field: str, text: object, at_most_bytes: int) -> None:
-    _require(_is_text(text, at_most_bytes), field, f"must be text of 1 to {at_most_bytes:,} bytes")
+    _require(_is_text(text, at_most_bytes), field, "must be text of 1 to {:,} bytes", at_most_bytes)
     size = len(str(text).encode(errors="replace"))
-    _require(size <= at_most_bytes, field, f"has {size:,} bytes, at most {at_most_bytes:,}")
+    _require(size <= at_most_bytes, field, "has {:,} bytes, at most {:,}", size, at_most_bytes)
 
 
 def _is_schema(text: str) -> bool:
@@ -400,10 +393,11 @@ def _is_schema(text: str) -> bool:
 
 
 def _check_logit_bias(biases: Sequence[tuple[int, float]], vocab_tokens: int) -> None:
-    _require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"at most {MAX_LOGIT_BIASES} tokens, not {len(biases)}")
+    count = len(biases)
+    _require(count <= MAX_LOGIT_BIASES, "logit_bias", "at most {} tokens, not {}", MAX_LOGIT_BIASES, count)
     for token, bias in biases:
         known = _is_integer(token, 0, vocab_tokens - 1)
-        _require(known, "logit_bias", f"token id {token!r} is not in the vocabulary of {vocab_tokens}")
+        _require(known, "logit_bias", "token id {!r} is not in the vocabulary of {}", token, vocab_tokens)
         _check_range("logit_bias", bias, -100.0, 100.0)
 
 
@@ -420,12 +414,13 @@ def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> N
 
 def _check_range(field: str, value: float, low: float, high: float) -> None:
     inside = _is_number(value, at_least=low, at_most=high)
-    _require(inside, field, f"must be {low:g} to {high:g}, not {value!r}")
+    _require(inside, field, "must be {:g} to {:g}, not {!r}", low, high, value)
 
 
-def _require(condition: bool, field: str, message: str) -> None:  # noqa: FBT001  reads as a sentence
+def _require(condition: bool, field: str, message: str, *values: object) -> None:  # noqa: FBT001  reads as a sentence
+    """Like a logger, put a message and its values together only when it is needed: a request passes all of these."""
     if not condition:
-        raise InvalidRequest(field, message)
+        raise InvalidRequest(field, message.format(*values))
 
 
 def _is_integer(value: object, low: int, high: int | None = None) -> bool:

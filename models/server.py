@@ -1,4 +1,4 @@
-"""The engine process: `python -m models.server --socket PATH --spec JSON`.
+"""What an engine process does, from its arguments to its end; `workers.engine` is the program.
 
     reader thread   socket -> intake queue; answers `health` itself, so that a step that hangs can be seen
     main thread     intake -> engine.submit -> engine.step -> one frame of events; sleeps on the queue when idle
@@ -181,22 +181,6 @@ class ExecutionLog:
         os.fsync(self._file.fileno())
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger and message, and the traceback if there is one."""
-        fields = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(fields).decode()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Load, listen, serve; returns the exit status: 1 if the model cannot be loaded, 2 for bad arguments."""
     options = _parse(arguments)
@@ -218,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m models.server", description="Serve one model on a local socket.")
+    parser = argparse.ArgumentParser(prog="python -m workers.engine", description="Serve one model on a local socket.")
     parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket")
     parser.add_argument("--spec", type=ModelSpec.model_validate_json, required=True, help="models.catalog.ModelSpec")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -227,11 +211,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _set_up_process() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("models").setLevel(logging.INFO)
-    logging.captureWarnings(True)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -246,7 +225,3 @@ def _end_with_parent() -> NoReturn:
     while os.read(0, 4_096):
         pass
     os._exit(0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

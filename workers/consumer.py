@@ -168,8 +168,8 @@ def _prove_consumption(app: Celery, host: Host, queue: str) -> ConsumptionProof:
     """Once Celery runs, show at every heartbeat that it consumes, while it can and should."""
     current: list[Transport] = []  # that of the connection which Celery has now
 
-    def send() -> bool:
-        return host.can_take and not host.draining.is_set() and host.dispatcher.prove(queue)
+    def send() -> bool | None:
+        return host.dispatcher.prove(queue) if host.can_take and not host.draining.is_set() else None
 
     def hang_up() -> None:
         for transport in current:

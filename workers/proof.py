@@ -23,15 +23,16 @@ _FRESH_SECONDS = 8.0
 class ConsumptionProof:
     """Call `run_once` regularly; wrap every task in `task`, for whatever arrives is a proof.
 
-    `send` puts a message into this worker's own queue, False if the broker did not take it. It counts only while a
-    thread is free: with all of them busy nothing is fetched, and rightly so. Without proof for `PATIENCE_SECONDS` the
-    consumer's connections are ended (`hang_up`), so that it dials again and jobs run on; if that does not help in the
-    same time, its process is (`give_up`). While the broker takes nothing there is nothing to prove.
+    `send` puts a message into this worker's own queue: False if the broker did not take it, None if the worker could
+    do nothing with messages now. It counts only while a thread is free: with all of them busy nothing is fetched, and
+    rightly so. Without proof for `PATIENCE_SECONDS` the consumer's connections are ended (`hang_up`), so that it dials
+    again and jobs run on; if that does not help in the same time, its process is (`give_up`). While the broker takes
+    nothing there is nothing to prove.
     """
 
     def __init__(
         self,
-        send: Callable[[], bool],
+        send: Callable[[], bool | None],
         hang_up: Callable[[], None],
         give_up: Callable[[], None],
         threads: int,
@@ -46,6 +47,7 @@ class ConsumptionProof:
         self._busy = 0
         self._proven_at = clock()
         self._asked_at: float | None = None  # the first message since the last proof
+        self._refused = False  # the last message, by the broker
         self._hung_up = False
 
     @contextmanager
@@ -54,29 +56,37 @@ class ConsumptionProof:
         with self._lock:
             self._busy += 1
             self._proven_at = self._clock()
+            self._refused = False
             self._start_over()
         try:
             yield
         finally:
             with self._lock:
+                if not self._has_free_thread:
+                    self._proven_at = self._clock()  # until now nothing could arrive
                 self._busy -= 1
-                self._proven_at = self._clock()
 
     @property
     def consumes(self) -> bool:
         """Whether messages arrive, as far as can be told; also False while the broker takes none."""
-        return self._busy >= self._threads or self._clock() - self._proven_at < _FRESH_SECONDS
+        fresh = self._clock() - self._proven_at < _FRESH_SECONDS
+        return not self._has_free_thread or (fresh and not self._refused)
 
     def run_once(self) -> None:
         """Ask for a proof; act if one is overdue."""
         asked_at = self._clock()
-        taken = self._busy < self._threads and self._send()
+        taken = self._send() if self._has_free_thread else None
         with self._lock:
-            if self._busy >= self._threads or not taken:
+            self._refused = taken is False
+            if not self._has_free_thread or not taken:
                 self._start_over()
             elif self._asked_at is None:
                 self._asked_at = asked_at
         self._act(self._missing_seconds())
+
+    @property
+    def _has_free_thread(self) -> bool:
+        return self._busy < self._threads
 
     def _start_over(self) -> None:
         self._asked_at = None

@@ -155,7 +155,7 @@ class Supervisor:
         self._engine_came_up = False
         shared = ["--socket", str(self._socket), "--spec", spec.model_dump_json()]
         logged = [] if execution_log is None else ["--execution-log", str(execution_log)]
-        self.engine = Child("engine", _python("models.server", *shared, *logged), _environment(gpus))
+        self.engine = Child("engine", _python("workers.engine", *shared, *logged), _environment(gpus))
         self.consumer = Child(
             "consumer",
             _python("workers.consumer", *shared, "--health", str(self._health.folder)),

@@ -17,7 +17,9 @@ from producer.openai.requests import CHAT, ENDPOINTS, renamed, translate
 
 log = logging.getLogger(__name__)
 
-# Enough for one COPY to be quick a line, and small beside what else a process holds.
+# Enough for one COPY to be quick a line, and small beside what else a process holds. The first are smaller: workers
+# have something to do while the rest is read.
+FIRST_CHUNK_LINES = 125
 CHUNK_LINES = 1000
 CHUNK_BYTES = 4_000_000
 
@@ -70,15 +72,15 @@ def max_line_bytes(max_prompt_bytes: int) -> int:
 
 
 def chunks(file: IO[bytes], start: int, end: int, last_line: int, max_bytes: int) -> Iterator[list[RawLine]]:
-    """The lines of the file from `start`, behind line `last_line`, to `end`, by the thousand."""
+    """The lines of the file from `start`, behind line `last_line`, to `end`. A chunk is twice the last at most."""
     chunk: list[RawLine] = []
-    held = 0
+    held, most = 0, FIRST_CHUNK_LINES
     for line in _lines(file, start, end, last_line, max_bytes):
         chunk.append(line)
         held += len(line.content or b"")
-        if len(chunk) == CHUNK_LINES or held >= CHUNK_BYTES:
+        if len(chunk) == most or held >= CHUNK_BYTES:
             yield chunk
-            chunk, held = [], 0
+            chunk, held, most = [], 0, min(2 * most, CHUNK_LINES)
     if chunk:
         yield chunk
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -15,6 +15,7 @@ from jobs.errors import ModelUnknown
 from jobs.keys import ApiKey, Role
 from jobs.schema import JobRequest
 from producer.batch_runs import BatchRunner
+from producer.chains import Chains
 from producer.client import Producer
 from producer.following import Follower
 from producer.gateway.admission import Admission
@@ -22,6 +23,7 @@ from producer.gateway.screening import Screen
 from producer.gateway.sessions import Sessions
 from producer.gateway.shares import Turn, threads_of_caller
 from producer.validation import catalog_of
+from producer.webhook_sender import WebhookSender
 
 T = TypeVar("T")
 
@@ -50,14 +52,19 @@ async def opened(producer: Producer, sessions: Sessions) -> AsyncIterator[Gatewa
     configured = frozenset(catalog_of(producer.settings).names())
     runner = BatchRunner(producer, lambda model: model in configured or model in admission.served)
     async with Follower(producer) as follower, Screen() as screen:
-        looking = asyncio.create_task(admission.run())
+        tasks = [asyncio.create_task(work) for work in _tasks(producer, admission)]
         runner.start()
         try:
             yield Gateway(producer, follower, admission, runner, sessions, screen, configured)
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await run_sync(runner.close)
+
+
+def _tasks(producer: Producer, admission: Admission) -> list[Coroutine[Any, Any, None]]:
+    return [admission.run(), WebhookSender(producer).run(), Chains(producer).run()]
 
 
 @dataclass(frozen=True, slots=True)

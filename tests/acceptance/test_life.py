@@ -296,8 +296,8 @@ def test_an_interactive_job_does_not_wait_behind_bulk(system: System, slow: Work
 def test_two_workers_share_a_backlog(system: System) -> None:
     """A worker that comes later takes its part of bulk rows and of queued messages at once; nothing runs twice."""
     with closing(system.start("shared")) as first:
-        bulk = system.producer.submit_many({"model": "shared", "prompt": "x" * 15} for _ in range(400))
-        single = [system.producer.submit(model="shared", prompt="y" * 15) for _ in range(100)]
+        bulk = system.producer.submit_many({"model": "shared", "prompt": "x" * 15} for _ in range(2_000))
+        single = [system.producer.submit(model="shared", prompt="y" * 15) for _ in range(400)]
         with closing(system.start("shared")) as second:
             for jobs in (bulk, single):
                 ids = {job.id for job in jobs}

@@ -12,7 +12,7 @@ import pytest
 from headrace.servers import Servers
 from jobs.schema import Job
 from jobs.states import State
-from kit.invariants import Witness
+from kit.invariants import Witness, check_memory
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System, system_on
 from kit.waiting import wait_until
@@ -76,13 +76,14 @@ def test_a_worker_whose_clock_is_wrong_doubles_and_delays_nothing(system: System
 def test_a_load_that_comes_again_takes_no_more_memory(system: System) -> None:
     """I9: after the third identical load a worker's processes hold at most a tenth more than after the second."""
     worker = system.start("echo", lease_seconds=10.0)
-    held: list[int] = []
-    for _ in range(3):
-        jobs = system.producer.submit_many({"model": "echo", "prompt": PROMPT * 10} for _ in range(2000))
-        jobs += [system.producer.submit(model="echo", prompt=PROMPT * 10) for _ in range(200)]
+
+    def load() -> None:
+        system.producer.submit_many({"model": "echo", "prompt": PROMPT * 10} for _ in range(2000))
+        for _ in range(200):
+            system.producer.submit(model="echo", prompt=PROMPT * 10)
         system.await_all_ended()
-        held.append(sum(process.memory_info().rss for process in worker.members()))
-    assert held[2] <= 1.1 * held[1], f"bytes after each load: {held}"
+
+    check_memory(worker.members, load)
 
 
 @pytest.fixture

@@ -123,12 +123,11 @@ def test_a_message_delivered_a_hundred_times_is_one_execution(steady: System, wo
 def test_a_producer_killed_between_commit_and_message_costs_seconds(steady: System) -> None:
     """The row is there, no message ever was: the sweeper sends one."""
     job_id = new_id()
+    code = _KILLED_PRODUCER.format(job_id=job_id)
+    child = subprocess.run([sys.executable, "-c", code], env=_inherited() | steady.settings.environment(), check=False)
     with Recovery("a producer killed between commit and publish", within_seconds=5):
-        code = _KILLED_PRODUCER.format(job_id=job_id)
-        environment = steady.settings.environment()
-        child = subprocess.run([sys.executable, "-c", code], env=_inherited() | environment, check=False)
-        assert child.returncode == -signal.SIGKILL
         job = steady.wait(job_id)
+    assert child.returncode == -signal.SIGKILL
     assert job.state is State.SUCCEEDED
 
 

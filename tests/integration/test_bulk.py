@@ -25,7 +25,7 @@ from jobs.store import Claim, Settlement
 from kit.contract import Tables, Worker, settlement
 from kit.waiting import wait_until
 from producer.bulk import BulkError, BulkOptions, BulkPaused, BulkProgress, BulkRefused, BulkReport, BulkRun, sidecar
-from producer.bulk.reading import CHUNK_LINES
+from producer.bulk.reading import CHUNK_LINES, FIRST_CHUNK_LINES
 from producer.client import Producer
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 
@@ -282,7 +282,7 @@ def test_a_file_as_it_is(producer: Producer, hand: Hand, folder: Folder) -> None
 
 def test_progress_is_told(producer: Producer, hand: Hand, folder: Folder) -> None:
     """While it runs it tells how far it is: bytes while reading, lines afterwards, in three phases."""
-    folder.fill(*(chat(None, "x") for _ in range(CHUNK_LINES + 1)), "bad")
+    folder.fill(*(chat(None, "x") for _ in range(FIRST_CHUNK_LINES + 1)), "bad")
     told: list[BulkProgress] = []
     run(producer, folder.options(), told.append)
     assert list(dict.fromkeys(one.phase for one in told)) == ["reading", "running", "writing"]
@@ -292,7 +292,7 @@ def test_progress_is_told(producer: Producer, hand: Hand, folder: Folder) -> Non
     assert offsets == sorted(offsets)
     assert len(set(offsets)) == 3
     last = told[-1]
-    assert (last.total, last.ended, last.failed) == (CHUNK_LINES + 2, CHUNK_LINES + 2, 1)
+    assert (last.total, last.ended, last.failed) == (FIRST_CHUNK_LINES + 2, FIRST_CHUNK_LINES + 2, 1)
     assert last.input_offset == last.input_bytes == folder.input.stat().st_size
 
 
@@ -374,7 +374,7 @@ def test_a_killed_intake_goes_on(producer: Producer, hand: Hand, tables: Tables,
     folder.fill("bad", *({"question": f"What is {number}?"} for number in range(2, 3 * CHUNK_LINES)))
     killed = killed_at(producer, folder.options(**ASKED), lambda progress: progress.input_offset > 0)
     batch = producer.batches.get(killed.batch_id)
-    assert (batch.input_lines, batch.state) == (CHUNK_LINES, BatchState.FILLING)
+    assert (batch.input_lines, batch.state) == (FIRST_CHUNK_LINES, BatchState.FILLING)
 
     again = BulkRun(producer, folder.options(**ASKED))
     again.open()

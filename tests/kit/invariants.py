@@ -5,8 +5,7 @@
         ...                                 # break things
         witness.check()                     # waits for every end, then raises if a promise was broken
 
-Numbered as in docs/guarantees.md. What needs a clock or a file, recovery, readiness, memory and a bulk run's output, is
-asserted where it is measured.
+Numbered as in docs/guarantees.md. What needs a clock, recovery and readiness, is asserted where it is measured.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
+import psutil
 import psycopg
 
 from jobs.schema import Job
@@ -178,8 +178,21 @@ def check_output(output: Path, errors: Path, custom_ids: Iterable[str]) -> None:
         raise BrokenPromise(f"I4 each line once: too many {found - wanted}, missing {wanted - found}")
 
 
+def check_memory(members: Callable[[], list[psutil.Process]], load: Callable[[], object]) -> None:
+    """I9: after the third identical load they hold at most a tenth more than after the second. Raises BrokenPromise."""
+    held: list[int] = []
+    for _ in range(3):
+        load()
+        held.append(sum(process.memory_info().rss for process in members()))
+    if held[2] > 1.1 * held[1]:
+        raise BrokenPromise(f"I9 no leak: bytes held after each load: {held}")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise BrokenPromise(f"I4 each line once: half a line in {path}: {error}") from None
 
 
 def _rows(tables: Tables, sql: str) -> list[tuple[Any, ...]]:

@@ -2,8 +2,12 @@
 
     python -m kit.soak [--seconds 600] [--seed N]
 
-The last line is `N jobs, F faults, V violations`; exit status 1 if there was a violation. The same seed gives the same
-faults in the same order; when exactly each hits is the machine's.
+The last line is `N jobs, F faults, V violations` of I1 to I9; exit status 1 if there was one. The same seed gives the
+same faults in the same order; when exactly each hits is the machine's.
+
+While faults come, keys are used again (I6), a bulk run's client is killed (I4), recovery is timed (I7) and readiness is
+held against the servers (I8). Once all is well, the tables and the engines' log are looked at (I1, I2, I3, I5), and the
+memory of the processes (I9).
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,19 +25,22 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import psycopg
 import redis
 
 from headrace.servers import Servers
-from jobs.errors import HeadraceError, StoreUnavailable
+from jobs.errors import HeadraceError, IdempotencyConflict, StoreUnavailable
 from jobs.ids import new_id
 from jobs.schema import Job
 from jobs.store import Waiting
+from kit.bulk import BulkClient
 from kit.databases import migrated_template
 from kit.homes import temporary_home
-from kit.invariants import Witness
+from kit.invariants import BrokenPromise, Witness, check_memory
 from kit.proxy import Proxy
 from kit.systems import System, system_on
+from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 
 MODELS = {
@@ -42,21 +48,34 @@ MODELS = {
     "faulty": {"engine": "echo", "slots": 8, "seconds_per_token": 0.005, "obeys_faults": True},
 }
 WORKERS = ("slow", "slow", "faulty")
+BULK_LINES = 200
+SOON_SECONDS = 30.0
+TURN_SECONDS = 10.0  # of readiness
 _SETTLE_SECONDS = 180.0
 _PAUSE_SECONDS = (1.0, 6.0)
+_LULLS = 0.3  # after so many of the faults
+_HOLDERS = """
+    SELECT DISTINCT w.pid, w.lease_until < now() AS lease_is_over
+    FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE j.state = 'running'
+"""
 
 
 @dataclass
 class Soak:
-    """A system whose workers reach the servers through proxies, and the load on it."""
+    """A system whose workers reach the servers through proxies, the load on it, and what is found broken meanwhile."""
 
     system: System
     servers: Servers
     broker: Proxy
     database: Proxy
     chance: random.Random
+    bulk: BulkClient = field(init=False)
     workers: dict[int, WorkerProcesses] = field(default_factory=dict)
     accepted: list[Job] = field(default_factory=list)
+    keyed: list[tuple[dict[str, Any], UUID]] = field(default_factory=list)  # requests with a key, and what each became
+    suffered: list[Fault] = field(default_factory=list)
+    unrecovered: list[Fault] = field(default_factory=list)  # since the last lull
+    violations: list[str] = field(default_factory=list)
 
     def hire(self, place: int) -> None:
         """A new worker in that place."""
@@ -70,27 +89,72 @@ class Soak:
         """Any of them."""
         return self.chance.choice(list(self.workers.items()))
 
+    def suffer(self, fault: Fault) -> None:
+        """Inject it."""
+        with suppress(psycopg.Error, redis.RedisError, HeadraceError):
+            fault.inject(self)
+        self.suffered.append(fault)
+        self.unrecovered.append(fault)
+
     def heal(self) -> None:
         """Nothing is broken any more."""
         self.servers.start()
         self.broker.heal()
         self.database.heal()
 
+    def recover(self) -> None:
+        """I7, in a lull: a new job runs, and none is held by the dead, within the longest bound of the last faults."""
+        self.heal()
+        job = _submit(self, {"model": "slow", "prompt": "x", "priority": 0})
+        within_seconds = max((fault.within_seconds for fault in self.unrecovered), default=SOON_SECONDS)
+        names = ", ".join(fault.name for fault in self.unrecovered)
+        began = time.monotonic()
+        self.expect(f"I7 recovers from {names}", lambda: _has_recovered(self.system, job), within_seconds)
+        _say(f"          recovered in {time.monotonic() - began:.1f} s of {within_seconds:g} s")
+        self.unrecovered.clear()
 
-Fault = Callable[[Soak], None]
-FAULTS: dict[str, Fault] = {}
+    def expect(self, promise: str, holds: Callable[[], bool], within_seconds: float) -> None:
+        """That it holds soon; else it is a violation."""
+        try:
+            wait_until(holds, within_seconds, promise)
+        except TimeoutError:
+            self.violations.append(f"{promise}: not within {within_seconds:g} s")
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """A promise that is found broken in this block is a violation among others."""
+        try:
+            yield
+        except BrokenPromise as broken:
+            self.violations.append(str(broken))
 
 
-def fault(function: Fault) -> Fault:
-    """One of the faults, under its name."""
-    FAULTS[function.__name__] = function
-    return function
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens, and how long the recovery from it may take."""
+
+    name: str
+    inject: Callable[[Soak], None]
+    within_seconds: float
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(within_seconds: float) -> Callable[[Callable[[Soak], None]], Callable[[Soak], None]]:
+    """One of the faults, with its bound of docs/guarantees.md."""
+
+    def add(inject: Callable[[Soak], None]) -> Callable[[Soak], None]:
+        FAULTS.append(Fault(inject.__name__, inject, within_seconds))
+        return inject
+
+    return add
 
 
 # == faults ======================================================================================================
 
 
-@fault
+@fault(within_seconds=15)
 def worker_killed(soak: Soak) -> None:
     """All of its processes at once; another takes its place."""
     place, worker = soak.some_worker()
@@ -98,7 +162,7 @@ def worker_killed(soak: Soak) -> None:
     soak.hire(place)
 
 
-@fault
+@fault(within_seconds=15)
 def worker_stopped(soak: Soak) -> None:
     """SIGTERM, and another."""
     place, worker = soak.some_worker()
@@ -106,19 +170,19 @@ def worker_stopped(soak: Soak) -> None:
     soak.hire(place)
 
 
-@fault
+@fault(within_seconds=15)
 def engine_killed(soak: Soak) -> None:
     """Only the engine."""
     soak.some_worker()[1].engine.kill()
 
 
-@fault
+@fault(within_seconds=15)
 def consumer_killed(soak: Soak) -> None:
     """Only the consumer."""
     soak.some_worker()[1].consumer.kill()
 
 
-@fault
+@fault(within_seconds=15)
 def consumer_frozen(soak: Soak) -> None:
     """For longer than a lease: it wakes up as a zombie."""
     consumer = soak.some_worker()[1].consumer
@@ -127,14 +191,14 @@ def consumer_frozen(soak: Soak) -> None:
     consumer.resume()
 
 
-@fault
+@fault(within_seconds=30)
 def redis_flushed(soak: Soak) -> None:
     """Every message is gone."""
     with redis.Redis.from_url(soak.servers.broker_url) as client:
         client.flushall()
 
 
-@fault
+@fault(within_seconds=30)
 def redis_killed(soak: Soak) -> None:
     """It comes back some seconds later."""
     soak.servers.redis.kill()
@@ -142,7 +206,7 @@ def redis_killed(soak: Soak) -> None:
     soak.servers.redis.start()
 
 
-@fault
+@fault(within_seconds=20)
 def redis_silent(soak: Soak) -> None:
     """Connections stand, nobody answers, new ones neither."""
     soak.broker.silence()
@@ -150,13 +214,13 @@ def redis_silent(soak: Soak) -> None:
     soak.broker.heal()
 
 
-@fault
+@fault(within_seconds=20)
 def redis_connections_silent(soak: Soak) -> None:
     """Only those that stood."""
     soak.broker.silence(new_too=False)
 
 
-@fault
+@fault(within_seconds=30)
 def redis_replies_lost(soak: Soak) -> None:
     """What was popped is gone."""
     soak.broker.lose(0.2, "down")
@@ -164,7 +228,7 @@ def redis_replies_lost(soak: Soak) -> None:
     soak.broker.heal()
 
 
-@fault
+@fault(within_seconds=60)
 def postgres_stopped(soak: Soak) -> None:
     """At once, and started."""
     soak.servers.postgres.stop(immediate=True)
@@ -172,7 +236,7 @@ def postgres_stopped(soak: Soak) -> None:
     soak.servers.postgres.start()
 
 
-@fault
+@fault(within_seconds=60)
 def postgres_sessions_ended(soak: Soak) -> None:
     """All of this system's."""
     with suppress(psycopg.Error):
@@ -182,7 +246,7 @@ def postgres_sessions_ended(soak: Soak) -> None:
         )
 
 
-@fault
+@fault(within_seconds=20)
 def postgres_silent(soak: Soak) -> None:
     """For about a lease."""
     soak.database.silence()
@@ -190,13 +254,13 @@ def postgres_silent(soak: Soak) -> None:
     soak.database.heal()
 
 
-@fault
+@fault(within_seconds=20)
 def postgres_connections_silent(soak: Soak) -> None:
     """Only those that stood."""
     soak.database.silence(new_too=False)
 
 
-@fault
+@fault(within_seconds=20)
 def postgres_replies_lost(soak: Soak) -> None:
     """Commits whose success nobody hears of."""
     soak.database.lose(0.05, "down")
@@ -204,14 +268,14 @@ def postgres_replies_lost(soak: Soak) -> None:
     soak.database.heal()
 
 
-@fault
+@fault(within_seconds=20)
 def connections_cut(soak: Soak) -> None:
     """Both servers', by a reset."""
     soak.broker.cut()
     soak.database.cut()
 
 
-@fault
+@fault(within_seconds=20)
 def line_slow(soak: Soak) -> None:
     """Every byte is late."""
     soak.database.delay(0.02)
@@ -220,7 +284,7 @@ def line_slow(soak: Soak) -> None:
     soak.heal()
 
 
-@fault
+@fault(within_seconds=30)
 def garbage(soak: Soak) -> None:
     """Into the queue of interactive jobs."""
     with suppress(redis.RedisError), redis.Redis.from_url(soak.servers.broker_url) as client:
@@ -228,23 +292,53 @@ def garbage(soak: Soak) -> None:
             client.lpush(f"{soak.system.settings.key_prefix}:slow.interactive", item)
 
 
-@fault
+@fault(within_seconds=30)
 def duplicates(soak: Soak) -> None:
     """Messages of jobs that wait, run or have ended, many times."""
     jobs = [soak.chance.choice(soak.accepted) for _ in range(10)] if soak.accepted else []
     soak.system.producer.dispatcher.publish([Waiting(job.id, job.model, job.priority) for job in jobs] * 10)
 
 
-@fault
+@fault(within_seconds=30)
 def poison(soak: Soak) -> None:
     """A job that ends its engine each time. Suspects run one by one after that, so there are few others."""
     _submit(soak, {"model": "faulty", "prompt": "!exit"})
 
 
-@fault
+@fault(within_seconds=30)
 def hang(soak: Soak) -> None:
     """A job that stops its engine in a step, beside others and then alone."""
     _submit(soak, {"model": "faulty", "prompt": "!hang", "max_attempts": 1})
+
+
+@fault(within_seconds=30)
+def bulk_client_killed(soak: Soak) -> None:
+    """The same command goes on."""
+    with soak.noting():
+        soak.bulk.kill()
+
+
+@fault(within_seconds=30)
+def redis_away(soak: Soak) -> None:
+    """Until workers say so."""
+    _away(soak, "Redis", soak.broker)
+
+
+@fault(within_seconds=60)
+def postgres_away(soak: Soak) -> None:
+    """Until workers say so."""
+    _away(soak, "Postgres", soak.database)
+
+
+def _away(soak: Soak, server: str, proxy: Proxy) -> None:
+    """I8: workers that are ready follow the server within ten seconds each way. One with a bad engine has a reason."""
+    soak.recover()
+    ready = [worker for place, worker in soak.workers.items() if WORKERS[place] == "slow" and worker.shows_ready]
+    proxy.refuse()
+    proxy.cut()
+    soak.expect(f"I8 unready without {server}", lambda: not any(one.shows_ready for one in ready), TURN_SECONDS)
+    proxy.accept()
+    soak.expect(f"I8 ready with {server}", lambda: all(one.shows_ready for one in ready), TURN_SECONDS)
 
 
 # == load ========================================================================================================
@@ -260,6 +354,10 @@ def _load(soak: Soak, chance: random.Random, stop: threading.Event) -> None:
                 soak.accepted += soak.system.producer.submit_many(_plain(chance) for _ in range(20))
             if chance.random() < 0.2 and soak.accepted:
                 soak.system.producer.cancel(chance.choice(soak.accepted[-50:]).id)
+            if chance.random() < 0.2:
+                _submit_keyed(soak, _plain(chance))
+            if chance.random() < 0.2 and soak.keyed:
+                _submit_again(soak, *chance.choice(soak.keyed))
 
 
 def _plain(chance: random.Random) -> dict[str, Any]:
@@ -276,13 +374,72 @@ def _request(chance: random.Random) -> dict[str, Any]:
     return request
 
 
-def _submit(soak: Soak, request: dict[str, Any]) -> None:
-    """Until it is known to be accepted: repeated under the same id."""
-    job_id: UUID = new_id()
+def _submit(soak: Soak, request: dict[str, Any]) -> UUID:
+    """Until it is known to be accepted: repeated under the same id. The id; perhaps of no job."""
+    job_id = new_id()
     for _ in range(10):
         with suppress(StoreUnavailable):
             soak.accepted.append(soak.system.producer.submit(job_id=job_id, **request))
-            return
+            break
+    return job_id
+
+
+def _submit_keyed(soak: Soak, request: dict[str, Any]) -> None:
+    keyed = request | {"idempotency_key": str(new_id())}
+    job = soak.system.producer.submit(**keyed)
+    soak.accepted.append(job)
+    soak.keyed.append((keyed, job.id))
+
+
+def _submit_again(soak: Soak, request: dict[str, Any], job_id: UUID) -> None:
+    """I6: the same key is the same job, and with another request it is refused."""
+    again = soak.system.producer.submit(**request).id
+    if again != job_id:
+        soak.violations.append(f"I6 same key, same job: {job_id} was accepted again as {again}")
+    with suppress(IdempotencyConflict):
+        other = soak.system.producer.submit(**request | {"prompt": request["prompt"] + "y"}).id
+        soak.violations.append(f"I6 same key, same job: another request under the key of {job_id} became {other}")
+
+
+# == what is so in the end =======================================================================================
+
+
+def _has_recovered(system: System, job_id: UUID) -> bool:
+    """Whether this job has ended, and no job is held by a process or a lease that has."""
+    with suppress(HeadraceError, psycopg.Error):
+        return system.producer.get(job_id).state.final and not any(map(_is_dead, system.tables.rows(_HOLDERS)))
+    return False
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    return holder["lease_is_over"] or not psutil.pid_exists(holder["pid"])
+
+
+def _settle(soak: Soak, witness: Witness) -> None:
+    """Now that nothing is broken any more."""
+    soak.heal()
+    with soak.noting():
+        soak.bulk.finish(_SETTLE_SECONDS)
+    for keyed in soak.keyed:
+        _submit_again(soak, *keyed)
+    witness.saw(*soak.accepted)
+    with suppress(BrokenPromise):
+        witness.check(_SETTLE_SECONDS)
+    soak.violations += witness.violations()
+    with soak.noting():
+        check_memory(lambda: _processes(soak), lambda: _work(soak.system))
+
+
+def _processes(soak: Soak) -> list[psutil.Process]:
+    for worker in soak.workers.values():
+        worker.await_ready()
+    return [process for worker in soak.workers.values() for process in worker.members()]
+
+
+def _work(system: System) -> None:
+    """The same each time."""
+    system.producer.submit_many({"model": model, "prompt": "x" * 50} for model in MODELS for _ in range(200))
+    system.await_all_ended()
 
 
 # == the run =====================================================================================================
@@ -291,34 +448,28 @@ def _submit(soak: Soak, request: dict[str, Any]) -> None:
 def run(seconds: float, seed: int) -> int:
     """Returns the number of violations."""
     chance = random.Random(seed)
-    happened: Counter[str] = Counter()
     with _soak(chance) as soak, Witness(soak.system, claims_forgotten=True) as witness:
         stop = threading.Event()
         load = threading.Thread(target=_load, args=(soak, random.Random(seed + 1), stop))
         load.start()
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            name = chance.choice(list(FAULTS))
-            _say(f"{seconds - (until - time.monotonic()):6.1f} s  {name}, {len(soak.accepted)} jobs so far")
-            with suppress(psycopg.Error, redis.RedisError, HeadraceError):
-                FAULTS[name](soak)
-            happened[name] += 1
+            chosen = chance.choice(FAULTS)
+            _say(f"{seconds - (until - time.monotonic()):6.1f} s  {chosen.name}, {len(soak.accepted)} jobs so far")
+            soak.suffer(chosen)
             _sleep(chance.uniform(*_PAUSE_SECONDS))
+            if chance.random() < _LULLS:
+                soak.recover()
+            with soak.noting():
+                soak.bulk.go_on()
         stop.set()
         load.join()
-        soak.heal()
-        violations = _violations(soak, witness)
-    for line in violations:
+        _settle(soak, witness)
+    for line in soak.violations:
         _say(line)
-    _say(f"{len(soak.accepted)} jobs, {happened.total()} faults, {len(violations)} violations")
-    return len(violations)
-
-
-def _violations(soak: Soak, witness: Witness) -> list[str]:
-    witness.saw(*soak.accepted)
-    with suppress(AssertionError):
-        witness.check(_SETTLE_SECONDS)
-    return witness.violations()
+    _say(f"{soak.bulk.files} files of a bulk run, {len(soak.keyed)} keys used again")
+    _say(f"{len(soak.accepted)} jobs, {len(soak.suffered)} faults, {len(soak.violations)} violations")
+    return len(soak.violations)
 
 
 @contextmanager
@@ -337,7 +488,8 @@ def _soak(chance: random.Random) -> Iterator[Soak]:
             soak.hire(place)
         for worker in soak.workers.values():
             worker.await_ready()
-        yield soak
+        with BulkClient.on(system, Path(folder), "slow", BULK_LINES) as soak.bulk:
+            yield soak
 
 
 def _sleep(seconds: float) -> None:

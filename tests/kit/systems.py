@@ -21,7 +21,7 @@ from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 from producer.client import Producer
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 _OPEN = [state for state in State if not state.final]
 # So that a death is noticed in seconds. A worker of a test that must not be taken for dead keeps the defaults.
 SHORT_LEASES = {"lease_seconds": 3.0, "heartbeat_seconds": 0.5, "sweep_seconds": 0.5}

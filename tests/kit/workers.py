@@ -24,7 +24,7 @@ from jobs.settings import Settings
 from kit.canaries import has_leaked
 from kit.waiting import wait_until
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 END_SECONDS = 60.0
 
 
@@ -96,7 +96,7 @@ class WorkerProcesses:
     @property
     def engine(self) -> psutil.Process:
         """The engine; waits for it if it is about to be started."""
-        return self._await_member("models.server")
+        return self._await_member("workers.engine")
 
     @property
     def consumer(self) -> psutil.Process:

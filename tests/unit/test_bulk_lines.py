@@ -20,7 +20,7 @@ from jobs.errors import RequestInvalid
 from jobs.schema import JobRequest
 from jobs.settings import Settings
 from producer.bulk import BulkOptions, BulkRefused
-from producer.bulk.reading import CHUNK_LINES, AsTheyAre, LineReader, RawLine, chunks
+from producer.bulk.reading import CHUNK_LINES, FIRST_CHUNK_LINES, AsTheyAre, LineReader, RawLine, chunks
 from producer.bulk.sidecar import Link, Sidecar, digest
 from producer.openai.requests import CHAT, COMPLETIONS, RESPONSES
 from producer.validation import Validator
@@ -118,10 +118,11 @@ def test_what_was_appended_meanwhile_is_not_read() -> None:
 
 
 def test_chunks_are_bounded_in_lines_and_bytes() -> None:
-    """A chunk holds a thousand lines, or fewer if they are long."""
-    content = b"{}\n" * (2 * CHUNK_LINES + 1)
+    """The first chunk is small, for workers to begin; later ones hold a thousand lines, or fewer if they are long."""
+    content = b"{}\n" * (3 * CHUNK_LINES)
     sizes = [len(chunk) for chunk in chunks(io.BytesIO(content), 0, len(content), 0, 100)]
-    assert sizes == [CHUNK_LINES, CHUNK_LINES, 1]
+    assert sizes == [125, 250, 500, 1000, 1000, 125]
+    assert (sizes[0], max(sizes)) == (FIRST_CHUNK_LINES, CHUNK_LINES)
     long = (b"x" * 2_500_000 + b"\n") * 5
     assert [len(chunk) for chunk in chunks(io.BytesIO(long), 0, len(long), 0, 3_000_000)] == [2, 2, 1]
 

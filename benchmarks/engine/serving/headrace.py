@@ -11,8 +11,6 @@ _QUANTIZATIONS = {"bf16": "none", "int8": "int8-onednn"}
 
 def load(setup: Setup) -> "Headrace":
     """Prefix reuse is always on; who wants none gives each load a salt of its own."""
-    import torch
-
     from models.catalog import ModelSpec
     from models.engine import load_engine
 
@@ -24,11 +22,10 @@ def load(setup: Setup) -> "Headrace":
             "slots": setup.width,
             "context_tokens": setup.context_tokens,
             "kv_memory_bytes": setup.kv_memory_gib * 2**30,
+            "cpu_threads": setup.threads,  # a worker leaves a core to its neighbours; here there are none
         }
     )
-    engine = load_engine(spec, "cpu")
-    torch.set_num_threads(setup.threads)  # a worker leaves a core to its neighbours; here there are none
-    return Headrace(engine)
+    return Headrace(load_engine(spec, "cpu"))
 
 
 class Headrace:

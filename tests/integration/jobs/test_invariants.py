@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from uuid import UUID
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
 from jobs.store import Store
 from kit.contract import Tables, Worker, accept
-from kit.invariants import BrokenPromise, broken_promises, check_output
+from kit.invariants import BrokenPromise, Witness, broken_promises, check_output
 
 
 @pytest.fixture
@@ -62,3 +64,32 @@ def test_an_output_with_a_line_too_many_or_too_few_is_found(tmp_path: Path) -> N
     for wanted in (["a", "b"], ["a", "b", "c", "d"]):
         with pytest.raises(BrokenPromise, match="I4"):
             check_output(output, errors, wanted)
+
+
+def test_what_a_witness_saw_is_held_against_what_is_there(job: UUID, tables: Tables, contract_url: str) -> None:
+    """A job that was accepted and is gone, a result that changed after it was read, what ran unclaimed or twice."""
+    tokens = [attempt["token"] for attempt in tables.attempts(job)]
+    computed: list[UUID] = []
+    with Witness(_system(tables, contract_url, computed)) as witness:
+        lost, unclaimed = uuid4(), uuid4()
+        witness.saw(*(SimpleNamespace(id=job_id) for job_id in (job, lost)))  # type: ignore[arg-type]
+        computed += tokens
+        assert witness.violations() == [f"I1 ends exactly once: {lost} was accepted and is lost"]
+
+        tables.execute("UPDATE results SET usage = '{}'")
+        tables.execute("UPDATE ledger SET completion_tokens = 0")
+        computed += [tokens[0], unclaimed]
+        with pytest.raises(BrokenPromise):
+            witness.check()
+        assert witness.violations() == [
+            f"I1 ends exactly once: {lost} was accepted and is lost",
+            f"I2 one result: that of {job} changed after it was read",
+            f"I5 one attempt at a time: {unclaimed} was computed and never claimed",
+            f"I5 one attempt at a time: {tokens[0]} was computed twice",
+        ]
+
+
+def _system(tables: Tables, url: str, computed: list[UUID]) -> Any:
+    """One whose engine says that it computed these tokens."""
+    worker = SimpleNamespace(executions=lambda: [SimpleNamespace(token=token) for token in computed])
+    return SimpleNamespace(tables=tables, workers=[worker], settings=SimpleNamespace(database_url=url))

@@ -25,14 +25,14 @@ PATIENCE_SECONDS = 60.0
 
 
 class Process:
-    """One `python -m models.server`, its socket and its clients."""
+    """One `python -m workers.engine`, its socket and its clients."""
 
     def __init__(self, folder: Path, spec: ModelSpec, *options: str) -> None:
         self.socket = folder / "engine.sock"
         self.log = folder / "executions.jsonl"
         arguments = ["--socket", str(self.socket), "--spec", spec.model_dump_json(), *options]
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "models.server", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-m", "workers.engine", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE
         )
         self.clients: list[EngineClient] = []
 

@@ -400,3 +400,16 @@ def test_tiny_chat_answers() -> None:
     choice = events[-1].choices[0]
     assert choice.finish_reason == "stop"
     assert "5" in choice.text
+
+
+@pytest.mark.parametrize("asked", [2, 3])
+def test_a_model_computes_with_as_many_threads_as_its_table_says(
+    tiny_model: Callable[..., tuple[Path, Any]], asked: int
+) -> None:
+    """By default a core is left to the rest of the worker; `cpu_threads` says otherwise."""
+    before = torch.get_num_threads()
+    try:
+        load(tiny_model()[0], cpu_threads=asked).close()
+        assert torch.get_num_threads() == asked
+    finally:
+        torch.set_num_threads(before)

@@ -17,7 +17,8 @@ class Broker:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.takes = self.delivers = True
+        self.takes: bool | None = True  # None: the worker has nothing sent
+        self.delivers = True
         self.calls: list[str] = []
         self.proof = ConsumptionProof(
             send=self._send,
@@ -27,7 +28,7 @@ class Broker:
             clock=lambda: self.now,
         )
 
-    def _send(self) -> bool:
+    def _send(self) -> bool | None:
         if self.takes and self.delivers:
             with self.proof.task():
                 pass
@@ -101,3 +102,22 @@ def test_while_the_broker_takes_nothing_there_is_nothing_to_prove(broker: Broker
     broker.takes = broker.delivers = True
     broker.run(PERIOD_SECONDS)
     assert broker.proof.consumes
+
+
+def test_a_broker_that_takes_nothing_is_seen_at_the_next_message(broker: Broker) -> None:
+    """Nobody waits for the last proof to grow old; a worker that wants no message has been refused none."""
+    broker.run(PERIOD_SECONDS)
+    broker.takes = None
+    broker.run(PERIOD_SECONDS)
+    assert broker.proof.consumes
+    broker.takes = False
+    broker.run(PERIOD_SECONDS)
+    assert not broker.proof.consumes
+
+
+def test_a_task_that_ends_beside_a_free_thread_proves_nothing(broker: Broker) -> None:
+    """Only with every thread busy could nothing arrive meanwhile."""
+    broker.delivers = False
+    with broker.proof.task():
+        broker.run(2 * PATIENCE_SECONDS)
+    assert not broker.proof.consumes
