@@ -9,13 +9,14 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
+from jobs.settings import Settings
 from producer.gateway.app import create_app
 
 
 def application() -> FastAPI:
     """One that serves nobody."""
-    bounds = {"gateway_body_bytes": 1, "gateway_file_bytes": 1, "gateway_tenant_requests": 1}
-    settings = SimpleNamespace(secret="s" * 40, **bounds)
+    urls = {"database_url": "postgresql://nobody@localhost/none", "broker_url": "redis://localhost"}
+    settings = Settings.load(**urls, secret="s" * 40)
     return create_app(SimpleNamespace(database=None, settings=settings))  # type: ignore[arg-type]
 
 

@@ -63,7 +63,7 @@ async function look() {
   }));
   at("room").hidden = !seen.workers;
   if (seen.workers) {
-    fill("workers", seen.workers.map((one) => [one.model, state(one.state), one.host, one.running, one.slots, one.busy_seconds.toFixed(1),
+    fill("workers", seen.workers.map((one) => [one.model, state(one.ready ? one.state : "not ready"), one.host, one.running, one.slots, one.busy_seconds.toFixed(1),
       one.cpu_cores.toFixed(1), gib(one.resident_bytes), gpu(one.gpu)]));
     fill("queues", Object.entries(seen.queues));
   }
@@ -92,6 +92,11 @@ function facts(job) {
   ].filter(([, value]) => value !== null && value !== undefined);
 }
 
+// Messages, or token ids.
+function words(asked) {
+  return asked.map((one) => (one.role ? `${one.role}: ${one.content}` : one)).join(asked[0]?.role ? "\n\n" : " ");
+}
+
 async function detail() {
   const job = await ask(`/ui/jobs/${shown}`);
   const open = ["queued", "blocked", "running"].includes(job.state);
@@ -103,7 +108,7 @@ async function detail() {
     said.textContent = value;
     return [term, said];
   }));
-  at("asked").textContent = typeof job.asked === "string" ? job.asked : JSON.stringify(job.asked, null, 2);
+  at("asked").textContent = typeof job.asked === "string" ? job.asked : words(job.asked);
   at("answered").textContent = job.answers.join("\n\n");
   at("cancel").hidden = !open;
   at("retry").hidden = open;
@@ -112,7 +117,7 @@ async function detail() {
 
 async function show(id) {
   shown = id;
-  await tried(detail);
+  if (await tried(detail)) at("detail").scrollIntoView({ block: "nearest" });
 }
 
 async function tried(work) {

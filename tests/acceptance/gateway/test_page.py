@@ -102,6 +102,7 @@ def test_what_the_page_shows(browser_like: httpx2.Client, system: System) -> Non
     now = browser_like.get("/ui/now").json()
     assert str(job.id) in {one["id"] for one in now["jobs"]}
     assert {worker["model"] for worker in now["workers"]} >= {"echo", "slow", "tiny-chat"}
+    wait_until(lambda: all(map(used, workers(browser_like))), PATIENCE_SECONDS, "every worker has told what it uses")
     life = browser_like.get(f"/ui/jobs/{job.id}").json()
     assert (life["state"], life["answers"], life["asked"][0]["content"]) == ("succeeded", ["seen"], "seen")
     assert life["timings"]["queue_seconds"] >= 0
@@ -111,6 +112,15 @@ def test_what_the_page_shows(browser_like: httpx2.Client, system: System) -> Non
     waiting = system.producer.submit(model="idle", messages=[{"role": "user", "content": "x"}])
     assert [one["id"] for one in browser_like.get("/ui/now?state=queued").json()["jobs"]] == [str(waiting.id)]
     assert browser_like.post(f"/ui/jobs/{waiting.id}/cancel").json()["state"] == "cancelled"
+
+
+def workers(browser_like: httpx2.Client) -> list[dict[str, Any]]:
+    return list(browser_like.get("/ui/now").json()["workers"])
+
+
+def used(worker: dict[str, Any]) -> bool:
+    """What it says of its machine, which has no GPU."""
+    return worker["resident_bytes"] > 0 and worker["cpu_cores"] >= 0 and worker["gpu"] is None
 
 
 def test_only_an_admin_sees_the_engine_room(gateway: RunningGateway) -> None:
