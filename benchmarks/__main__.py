@@ -4,10 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import bulk, gateway, interactive, quality
+from benchmarks import bulk, gateway, hostile, interactive, quality
 from benchmarks.engine.measure import measure as measure_engine
 
-STACK = {"bulk": bulk.measure, "interactive": interactive.measure, "gateway": gateway.measure}
+STACK = {
+    "bulk": bulk.measure,
+    "interactive": interactive.measure,
+    "gateway": gateway.measure,
+    "hostile": hostile.measure,
+}
 """Those that run when none is named."""
 
 

@@ -30,7 +30,7 @@ def measure(*, quick: bool) -> bool:
     figures: dict[str, list[float]] = {
         name: [] for name in ("gateway p50", "gateway p95", "producer p50", "producer p95")
     }
-    with _stack() as stack, _over_http(stack) as chat, _in_process(stack.settings) as submit:
+    with stack_with_gateway() as stack, over_http(stack) as chat, _in_process(stack.settings) as submit:
         for _ in range(rounds):
             for side, ask in (("gateway", chat), ("producer", submit)):
                 latencies = latencies_of(ask, requests)
@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> bool:
 
 
 @contextmanager
-def _stack() -> Iterator[Stack]:
+def stack_with_gateway() -> Iterator[Stack]:
     """A stack of its own, as `headrace up` starts it."""
     with (
         tempfile.TemporaryDirectory(prefix="headrace-bench-") as home,
@@ -53,7 +53,8 @@ def _stack() -> Iterator[Stack]:
 
 
 @contextmanager
-def _over_http(stack: Stack) -> Iterator[Ask]:
+def over_http(stack: Stack) -> Iterator[Ask]:
+    """A chat completion of the stack's own tenant."""
     assert stack.record is not None
     headers = {"Authorization": f"Bearer {stack.record.gateway_key}"}
     with httpx2.Client(base_url=str(stack.record.gateway_url), headers=headers, trust_env=False) as client:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from headrace.commands import bulk, deployment, health, jobs, keys, purge, stack
+from headrace.commands import bulk, deployment, health, jobs, keys, purge, stack, webhooks
 from headrace.commands.common import FAILURE, INTERRUPTED, USAGE
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -29,6 +29,7 @@ jobs.register(app)
 health.register(app)
 deployment.register(app)
 keys.register(app)
+webhooks.register(app)
 purge.register(app)
 
 

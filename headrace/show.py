@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jobs.keys import KeyRecord
     from jobs.leases import Worker
     from jobs.schema import Job
+    from jobs.webhooks import DeliveryRecord
     from producer.bulk import BulkReport
 
 _MINUTE_SECONDS = 60
@@ -183,6 +184,21 @@ def keys(many: Sequence[KeyRecord]) -> None:
             "live" if one.revoked_at is None else "revoked",
         )
     out().print(table if many else "no keys")
+
+
+def deliveries(many: Sequence[DeliveryRecord]) -> None:
+    """A line for each webhook, and below it of what, and why it was not delivered yet."""
+    table = _table("id", "tenant", "state", "attempts", "age")
+    for one in many:
+        table.add_row(str(one.id), Text(one.tenant_id), one.state, str(one.attempts), ago(one.created_at))
+        table.add_row(Text(f"  {_ended(one)}", style="dim", overflow="ellipsis"))
+        if one.error is not None:
+            table.add_row(Text(f"  {one.error}", style="red", overflow="ellipsis"))
+    out().print(table if many else "no webhooks")
+
+
+def _ended(one: DeliveryRecord) -> str:
+    return f"batch {one.batch_id}" if one.job_id is None else f"job {one.job_id}"
 
 
 def dead_letters(many: Sequence[DeadLetter]) -> None:

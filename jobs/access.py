@@ -29,7 +29,7 @@ _INNER, _OUTER = 0x36, 0x5C
 GRANTS = {
     "jobs": "SELECT, INSERT, UPDATE (state, run_after, published_at, finished_at, deadline_at, cancel_requested_at,"
     " worker_id, token)",
-    "payloads": "SELECT, INSERT, UPDATE (forgotten_at)",
+    "payloads": "SELECT, INSERT, UPDATE (request, policy, digest, forgotten_at)",
     "results": "SELECT, INSERT",
     "attempts": "SELECT, UPDATE (ended_at, outcome, error, busy_seconds, machine_dollars)",
     "ledger": "SELECT, INSERT",
@@ -41,6 +41,8 @@ GRANTS = {
     "file_pieces": "SELECT, INSERT, UPDATE (data)",
     "api_batches": "SELECT, INSERT, UPDATE (state, output_file_id, error_file_id, errors, counts, in_progress_at,"
     " finalizing_at, completed_at, failed_at, expired_at, cancelling_at, cancelled_at, runner, runner_until)",
+    "webhook_deliveries": "SELECT, INSERT, UPDATE (attempts, next_attempt_at, delivered_at, given_up_at, error)",
+    "webhook_secrets": "SELECT",
     "quotas": "SELECT, UPDATE (used_tokens, minute_began_at)",
     "workers": "SELECT",
 }
@@ -53,6 +55,8 @@ _FUNCTIONS = (
     "headrace_tidy_files(integer)",
     "headrace_open_jobs()",
     "headrace_ends(timestamp with time zone, timestamp with time zone)",
+    "headrace_take_webhooks(integer, double precision, text[])",
+    "headrace_followers(integer)",
 )
 
 

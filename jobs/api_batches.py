@@ -74,6 +74,7 @@ class ApiBatch:
     errors: list[dict[str, Any]] | None
     counts: Counts
     models: list[str] | None  # those that it may use; None: all
+    key_id: UUID | None  # whose quota its requests are of; None: nobody's
     created_at: datetime
     in_progress_at: datetime | None
     finalizing_at: datetime | None
@@ -103,6 +104,8 @@ class ApiBatches:
         output_seconds: int | None = None,
         idempotency_key: str | None = None,
         models: Sequence[str] | None = None,
+        webhook: str | None = None,
+        key_id: UUID | None = None,
     ) -> ApiBatch:
         """A new batch, which a runner will find. The same key with the same request is the same batch.
 
@@ -117,6 +120,8 @@ class ApiBatches:
             "output_seconds": output_seconds,
             "key": idempotency_key,
             "models": None if models is None else [*models],
+            "webhook": webhook,
+            "key_id": key_id,
             "life": LIFE_SECONDS,
         }
         if self.database.row(_CREATE, fields) is None:
@@ -210,8 +215,8 @@ def _json(counts: Counts) -> str:
 
 _COLUMNS = """
 id, tenant_id, state, endpoint, input_file_id, output_file_id, error_file_id, output_seconds, metadata, errors, counts,
-models, created_at, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, cancelling_at, cancelled_at,
-expires_at, extract(epoch FROM expires_at - now())::double precision AS seconds_left
+models, key_id, created_at, in_progress_at, finalizing_at, completed_at, failed_at, expired_at, cancelling_at,
+cancelled_at, expires_at, extract(epoch FROM expires_at - now())::double precision AS seconds_left
 """
 
 _OPEN = "state IN ('cancelling', 'finalizing', 'in_progress', 'validating')"
@@ -220,9 +225,10 @@ _LET_GO = "runner = NULL, runner_until = NULL"
 
 _CREATE = text("""
 INSERT INTO api_batches (id, tenant_id, state, endpoint, input_file_id, metadata, output_seconds, idempotency_key,
-                         models, expires_at)
+                         models, webhook, key_id, expires_at)
 VALUES (:id, :tenant, 'validating', :endpoint, :input, CAST(:metadata AS json), CAST(:output_seconds AS integer),
-        CAST(:key AS text), CAST(:models AS text[]), now() + make_interval(secs => :life))
+        CAST(:key AS text), CAST(:models AS text[]), CAST(:webhook AS text),
+        CAST(:key_id AS uuid), now() + make_interval(secs => :life))
 ON CONFLICT DO NOTHING RETURNING id
 """)
 
@@ -258,9 +264,20 @@ SET state = CASE state WHEN 'validating' THEN 'in_progress' ELSE state END,
 WHERE {_MINE} RETURNING {_COLUMNS}
 """)  # noqa: S608
 
+# From `moved`, which has ended: whom to tell.
+_TELL = f"""
+told AS (
+    INSERT INTO webhook_deliveries (id, tenant_id, batch_id, url)
+    SELECT gen_random_uuid(), tenant_id, id, webhook FROM moved WHERE webhook IS NOT NULL
+)
+SELECT {_COLUMNS} FROM moved
+"""  # noqa: S608
+
 _FAILED = text(f"""
-UPDATE api_batches SET state = 'failed', failed_at = now(), errors = CAST(:errors AS json), {_LET_GO}
-WHERE {_MINE} RETURNING {_COLUMNS}
+WITH moved AS (
+    UPDATE api_batches SET state = 'failed', failed_at = now(), errors = CAST(:errors AS json), {_LET_GO}
+    WHERE {_MINE} RETURNING *
+), {_TELL}
 """)  # noqa: S608
 
 _FINALIZING = text(f"""
@@ -271,14 +288,16 @@ WHERE {_MINE} RETURNING {_COLUMNS}
 """)  # noqa: S608
 
 _ENDED = text(f"""
-UPDATE api_batches
-SET state = CASE WHEN state = 'cancelling' THEN 'cancelled' WHEN :expired THEN 'expired' ELSE 'completed' END,
-    cancelled_at = CASE WHEN state = 'cancelling' THEN now() END,
-    expired_at = CASE WHEN state <> 'cancelling' AND :expired THEN now() END,
-    completed_at = CASE WHEN state <> 'cancelling' AND NOT :expired THEN now() END,
-    counts = CAST(:counts AS json), output_file_id = CAST(:output AS uuid), error_file_id = CAST(:error AS uuid),
-    {_LET_GO}
-WHERE {_MINE} RETURNING {_COLUMNS}
+WITH moved AS (
+    UPDATE api_batches
+    SET state = CASE WHEN state = 'cancelling' THEN 'cancelled' WHEN :expired THEN 'expired' ELSE 'completed' END,
+        cancelled_at = CASE WHEN state = 'cancelling' THEN now() END,
+        expired_at = CASE WHEN state <> 'cancelling' AND :expired THEN now() END,
+        completed_at = CASE WHEN state <> 'cancelling' AND NOT :expired THEN now() END,
+        counts = CAST(:counts AS json), output_file_id = CAST(:output AS uuid), error_file_id = CAST(:error AS uuid),
+        {_LET_GO}
+    WHERE {_MINE} RETURNING *
+), {_TELL}
 """)  # noqa: S608
 
 _REST = text(f"""

@@ -16,7 +16,7 @@ from jobs.errors import NotFound
 from jobs.ids import line_id
 from jobs.schema import Choice, JobError, JobRequest, Usage
 from jobs.states import BatchState, State
-from jobs.store import END_WAITING_ROWS, EXPIRE_WAITING_ROWS, STOP_RUNNING_ROWS
+from jobs.store import END_WAITING_ROWS, EXPIRE_WAITING_ROWS, STOP_RUNNING_ROWS, Reservation
 from jobs.tables import LOCAL_TENANT
 
 READ_LINES = 500
@@ -32,6 +32,7 @@ class Line:
     request: JobRequest
     max_attempts: int
     endpoint: str | None = None  # the route it was written for
+    reservation: Reservation | None = None  # of a key's quota; all lines of a chunk have one, or none has
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,7 @@ class Batches:
         last_line: int,
     ) -> None:
         """Commit one chunk and how far the input was read, both or neither. A chunk committed before does nothing."""
+        metered = any(line.reservation for line in lines)
         rows = [_job_row(batch, line) for line in lines]
         payloads = [_payload_row(batch, line) for line in lines]
         refused = [_rejection_row(batch, rejection) for rejection in rejections]
@@ -182,7 +184,7 @@ class Batches:
         def work(connection: Connection) -> None:
             if connection.execute(_ADVANCE, step).one_or_none() is None:
                 return
-            _insert(connection, _JOBS, rows)
+            _insert(connection, _METERED_JOBS if metered else _JOBS, rows)
             if deadlines["ids"]:
                 connection.execute(_SET_DEADLINES, deadlines)
             _insert(connection, _PAYLOADS, payloads)
@@ -269,6 +271,7 @@ def _job_row(batch: Batch, line: Line) -> tuple[Any, ...]:
         line.max_attempts,
         batch.id,
         line.number,
+        *(() if line.reservation is None else (line.reservation.key_id, line.reservation.tokens)),
     )
 
 
@@ -366,6 +369,8 @@ _JOBS = _Table(
         "line": "bigint",
     },
 )
+
+_METERED_JOBS = _Table("jobs", _JOBS.columns | {"key_id": "uuid", "reserved_tokens": "integer"})
 
 _PAYLOADS = _Table(
     "payloads",

@@ -87,6 +87,11 @@ class Keys:
             key, until = self._cache.get(digest, (None, 0.0))
         return key if time.monotonic() < until else None
 
+    def has_met(self, digest: bytes) -> bool:
+        """Whether it was some key's when it was last looked up."""
+        with self._lock:
+            return digest in self._cache
+
     def _look_up(self, digest: bytes, asked_at: float) -> ApiKey:
         row = self.database.row(_FIND, {"digest": digest})
         known = row is not None and hmac.compare_digest(row.digest, digest)

@@ -8,6 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
 from typing import Annotated, Any, Literal, NotRequired, Self
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import orjson
@@ -20,6 +21,7 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -37,6 +39,7 @@ MAX_SCHEMA_BYTES = 64 * 1_024
 MAX_REGEX_BYTES = 4 * 1_024
 MAX_STRUCTURE_CHOICES = 1_024
 MAX_METADATA_PAIRS = 16
+MAX_URL_CHARACTERS = 2_048
 MAX_PRIORITY = 9
 MAX_SEED = 2**63 - 1
 # Postgres keeps token counts as int4; no context is longer.
@@ -77,6 +80,25 @@ def _at_most(size: int) -> AfterValidator:
 
     return AfterValidator(check)
 
+
+def _web_address(url: str) -> str:
+    """Its form alone: where it leads is looked at when it is called."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or "@" in parts.netloc or parts.fragment:
+        message = "must be an http or https URL with a host, without a user, a password or a fragment"
+        raise PydanticCustomError("url", message)
+    return url
+
+
+Webhook = Annotated[
+    # Printable ASCII: what is written otherwise has a form in that (percent signs, xn-- names).
+    str, StringConstraints(max_length=MAX_URL_CHARACTERS, pattern=r"^[\x21-\x7e]+$"), AfterValidator(_web_address)
+]
+_WEBHOOK: TypeAdapter[str] = TypeAdapter(Webhook)
 
 _NAMED = ConfigDict(extra="forbid")
 
@@ -196,6 +218,8 @@ class JobRequest(Frozen):
     priority: int = Field(default=5, ge=0, le=MAX_PRIORITY)
     """0 goes first."""
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
+    webhook: Webhook | None = None
+    """A URL that is told when the job has ended."""
 
     @cached_property
     def findings(self) -> dict[str, str]:
@@ -414,6 +438,15 @@ class Job(Frozen):
     def log_context(self) -> dict[str, str]:
         """What every log line about this job carries."""
         return {"job": str(self.id), "model": self.model, "state": self.state}
+
+
+def webhook_of(value: object) -> str:
+    """A webhook that is no field of a request. Raises RequestInvalid."""
+    try:
+        return _WEBHOOK.validate_python(value, strict=True)
+    except ValidationError as error:
+        fault = request_fault(error)
+        raise RequestInvalid("webhook", fault.message, fault.code) from None
 
 
 def request_fault(error: ValidationError) -> RequestInvalid:

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import tomllib
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -15,6 +16,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from pydantic_settings import SettingsError as SourceError
 
 from jobs.errors import SettingsError
+
+Network: TypeAlias = IPv4Network | IPv6Network
 
 PREFIX = "HEADRACE_"
 CONFIG_VARIABLE = "HEADRACE_CONFIG"
@@ -78,9 +81,13 @@ class Settings(BaseSettings):
     """Longest file that the gateway takes."""
     gateway_waiting_jobs: int = Field(1_000, ge=1)
     """So many interactive jobs may wait for one model before the gateway answers 429."""
+    gateway_tenant_requests: int = Field(1_000, ge=1)
+    """So many requests of one tenant, streams too, may be open at a gateway before it answers 429."""
     gateway_metrics_address: str | None = Field(None, pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")
     """host:port where a gateway serves `/metrics` to whoever can reach it. Absent: only beside its other routes, to
     keys with the role admin."""
+    gateway_webhook_networks: str | None = None
+    """Networks that webhooks may reach besides public addresses, such as `10.0.0.0/8,fd00::/8`. Absent: none."""
     stream_seconds: float = Field(3_600.0, ge=1)
     """How long the pieces of a streamed answer are kept in Redis; after that its result tells the same pieces."""
 
@@ -129,6 +136,17 @@ class Settings(BaseSettings):
             raise ValueError("must look like postgresql://user:password@host:port/name")
         return f"postgresql+psycopg://{rest}"
 
+    @field_validator("gateway_webhook_networks")
+    @classmethod
+    def _networks(cls, names: str | None) -> str | None:
+        _networks_of(names)
+        return names
+
+    @property
+    def webhook_networks(self) -> list[Network]:
+        """Those of `gateway_webhook_networks`."""
+        return _networks_of(self.gateway_webhook_networks)
+
     @field_validator("broker_url")
     @classmethod
     def _redis(cls, url: str | None) -> str | None:
@@ -164,6 +182,10 @@ class Settings(BaseSettings):
                 variables[PREFIX + name.upper()] = json.dumps(table)
         path = config_path()
         return variables if path is None else variables | {CONFIG_VARIABLE: str(path.absolute())}
+
+
+def _networks_of(names: str | None) -> list[Network]:
+    return [ip_network(name.strip()) for name in names.split(",")] if names else []
 
 
 def _table_of(error: SourceError) -> str:

@@ -25,6 +25,7 @@ class Purpose(StrEnum):
     MESSAGES = "headrace messages"
     TENANTS = "headrace tenants"
     SESSIONS = "headrace sessions"
+    WEBHOOKS = "headrace webhooks"
 
 
 def key_for(secret: str, purpose: Purpose) -> bytes:

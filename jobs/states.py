@@ -12,10 +12,11 @@ a  `Store.accept`               the producer inserts the row; it cannot be lost 
 b  `Store.claim`, `claim_bulk`  a worker takes it under a fresh token
 c  `Store.settle`               the worker that holds the token ends it; `Store.sweep` for a dead worker's row
                                 that is out of attempts or was to be cancelled
-d  `Store.accept`               a turn whose predecessor has not ended yet
-e  `Store.settle` and every other end: the transaction that ends turn n releases turn n + 1
+d  `Store.accept`               a turn whose predecessor has not ended yet, or a response that goes on from such a one
+e  `Store.settle` and every other end: the transaction that ends turn n releases turn n + 1; `Store.release`: a
+                                gateway knows all that was said before a response
 f  `Store.settle` (retry or release), `Store.sweep` (its worker died)
-g  `Store.cancel`, `Batches.cancel`, `Store.sweep` (overdue)
+g  `Store.cancel`, `Batches.cancel`, `Store.sweep` (overdue), `Store.strand` (failed: nothing to go on from)
 
 Rows of a final state stay until they are purged. Every arrow into a final state writes the one ledger row.
 """
@@ -99,6 +100,14 @@ class ApiBatchState(StrEnum):
     def final(self) -> bool:
         """Nothing changes it any more."""
         return self in {self.COMPLETED, self.FAILED, self.EXPIRED, self.CANCELLED}
+
+
+class DeliveryState(StrEnum):
+    """How far a webhook has come."""
+
+    WAITING = "waiting"  # under way, or to be tried again
+    DELIVERED = "delivered"
+    GIVEN_UP = "given-up"
 
 
 class Role(StrEnum):

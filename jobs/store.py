@@ -63,6 +63,15 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Follower:
+    """A blocked job, and the one that it goes on from, which has ended or is not there any more."""
+
+    id: UUID
+    tenant_id: str
+    after_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """One running job in a worker's hands, under the token without which it cannot be ended."""
 
@@ -81,6 +90,11 @@ class Claim:
     metered: bool  # whether it has reserved tokens of a key's quota
     request: JobRequest
     suspect: bool = False  # an engine died under it and others, and one of them is to blame
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody is to be told of its end."""
+        return self.request.webhook is not None
 
     def log_context(self) -> dict[str, str]:
         """What every log line about this job carries."""
@@ -106,6 +120,7 @@ class Settlement:
     machine_dollars: Decimal = Decimal(0)
     retry_after_seconds: float | None = None
     metered: bool = True  # False: nothing of a quota is to be given back, and nothing is looked for
+    awaited: bool = True  # False: nobody is to be told, and nobody is looked for
 
     @property
     def requeues(self) -> bool:
@@ -166,16 +181,19 @@ class Store:
         *,
         endpoint: str | None = None,
         call: Call | None = None,
+        after: UUID | None = None,
     ) -> Accepted:
         """Insert the job; from here on it cannot be lost. Repeating it with the same id or idempotency key is safe.
 
-        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. Raises IdempotencyConflict if
-        id or key stand for another request.
+        `endpoint` and `call`: the route it came by, and how, if the answer needs to know. `after`: it is blocked until
+        that job has ended and `release` says what was said up to there. Raises IdempotencyConflict if id or key stand
+        for another request.
         """
         fields = _accept_fields(job_id, request, tenant_id) | {
             "max_attempts": request.max_attempts or max_attempts,
             "key_id": reservation and reservation.key_id,
             "reserved_tokens": reservation and reservation.tokens,
+            "after": after,
             "endpoint": endpoint,
             "call": call and call.model_dump_json(exclude_defaults=True),
         }
@@ -235,7 +253,7 @@ class Store:
         """
         # Nearly all of them are ends that release no turn: one statement is their transaction, one round trip.
         ending = [s for s in settlements if not s.requeues]
-        statement = _END_ALONE_METERED if any(s.metered for s in ending) else _END_ALONE
+        statement = _END_ALONE_IN_FULL if any(s.metered or s.awaited for s in ending) else _END_ALONE
         done = {row.id for row in self.database.rows(statement, _document(ending))} if ending else set()
         rest = [s for s in settlements if s.id not in done]
         if not rest:
@@ -255,6 +273,28 @@ class Store:
     def waiting(self) -> dict[str, int]:
         """How many interactive jobs wait for each model, whoever they belong to."""
         return {row.model: row.jobs for row in self.database.rows(_COUNT_WAITING)}
+
+    def followers(self, limit: int) -> list[Follower]:
+        """Blocked jobs that may go on from the one before, whoever they belong to."""
+        return [Follower(**row._asdict()) for row in self.database.rows(_FOLLOWERS, {"limit": limit})]
+
+    def release(self, job_id: UUID, tenant_id: str, request: JobRequest, policy: dict[str, str]) -> Waiting | None:
+        """Queue one of them with its whole request. None: it waits no more."""
+        payload = request.payload()
+        fields = {
+            "id": job_id,
+            "tenant": tenant_id,
+            "request": payload,
+            "digest": request.digest(payload),
+            "policy": orjson.dumps(policy).decode() if policy else None,
+        }
+        row = self.database.row(_RELEASE, fields)
+        return None if row is None else _waiting_of(row)
+
+    def strand(self, job_id: UUID, tenant_id: str, error: JobError) -> bool:
+        """End one of them, which has nothing to go on from. False: it waits no more."""
+        fields = {"id": job_id, "tenant": tenant_id, "error": error.model_dump_json()}
+        return self.database.row(_STRAND, fields) is not None
 
     def forget(self, job_id: UUID, tenant_id: str) -> bool:
         """Hide the job from the API for good. False: there is none, or it is hidden already."""
@@ -297,9 +337,9 @@ class Store:
             raise NotFound(f"no job {job_id}")
         return _job_of(row._asdict())
 
-    def get_call(self, job_id: UUID, tenant_id: str) -> tuple[Job, JobRequest]:
-        """A job that the API still knows, and what was asked of it. Raises NotFound."""
-        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id})
+    def get_call(self, job_id: UUID, tenant_id: str, *, forgotten: bool = False) -> tuple[Job, JobRequest]:
+        """A job that the API still knows, or has `forgotten`, and what was asked of it. Raises NotFound."""
+        row = self.database.row(_GET_CALL, {"id": job_id, "tenant": tenant_id, "forgotten": forgotten})
         if row is None:
             raise NotFound(f"no job {job_id}")
         fields = row._asdict()
@@ -350,6 +390,7 @@ def _accept_fields(job_id: UUID, request: JobRequest, tenant_id: str) -> dict[st
         "turn": None,
         "request": payload,
         "metadata": request.metadata_payload(),
+        "webhook": request.webhook,
         "policy": request.findings_payload(),
         "digest": request.digest(payload),
     }
@@ -539,20 +580,20 @@ def _job_of(fields: dict[str, Any]) -> Job:
 _ACCEPT = text("""
 WITH created AS (
     INSERT INTO jobs (id, tenant_id, state, model, lane, priority, max_attempts, deadline_at, idempotency_key,
-                      conversation, turn, key_id, reserved_tokens)
+                      conversation, turn, after_id, key_id, reserved_tokens)
     VALUES (:id, :tenant,
-            CASE WHEN EXISTS (
+            CASE WHEN CAST(:after AS uuid) IS NOT NULL OR EXISTS (
                 SELECT 1 FROM jobs
                 WHERE tenant_id = :tenant AND conversation = CAST(:conversation AS text) AND finished_at IS NULL
             ) THEN 'blocked' ELSE 'queued' END,
             :model, 'interactive', :priority, :max_attempts,
             now() + make_interval(secs => CAST(:deadline_seconds AS double precision)), :key, :conversation,
-            CAST(:turn AS integer), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
+            CAST(:turn AS integer), CAST(:after AS uuid), CAST(:key_id AS uuid), CAST(:reserved_tokens AS integer))
     ON CONFLICT DO NOTHING
     RETURNING id, state, turn, created_at
 ), payload AS (
-    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, call, policy, digest)
-    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), CAST(:call AS json),
+    INSERT INTO payloads (job_id, tenant_id, endpoint, request, metadata, webhook, call, policy, digest)
+    SELECT id, :tenant, :endpoint, CAST(:request AS json), CAST(:metadata AS json), :webhook, CAST(:call AS json),
            CAST(:policy AS json), :digest
     FROM created
 )
@@ -689,7 +730,16 @@ _GIVE_BACK = """
 )
 """
 
-_TAIL = f"{_WRITE} {_GIVE_BACK} {_ENDED}"
+# Whom to tell. Lines of a batch have nobody; their batch may.
+_TELL = """
+, told AS (
+    INSERT INTO webhook_deliveries (id, tenant_id, job_id, url)
+    SELECT gen_random_uuid(), e.tenant_id, e.id, p.webhook FROM ended e JOIN payloads p ON p.job_id = e.id
+    WHERE e.batch_id IS NULL AND p.webhook IS NOT NULL
+)
+"""
+
+_TAIL = f"{_WRITE} {_GIVE_BACK} {_TELL} {_ENDED}"
 
 _END = """
 ended AS (
@@ -713,8 +763,9 @@ WITH {_INPUT}, held AS (
 ), {_END} {_WRITE} {_ENDED}
 """)
 
-# With what goes back to quotas: measured, a tenth more time for one job, which is not for everybody to pay.
-_END_ALONE_METERED = text(f"""
+# With what goes back to quotas, and whom to tell: measured, a tenth more time for one job, which is not for everybody
+# to pay.
+_END_ALONE_IN_FULL = text(f"""
 WITH {_INPUT}, held AS (
     {_INPUT_HELD} WHERE j.conversation IS NULL ORDER BY j.id FOR UPDATE OF j
 ), {_END} {_TAIL}
@@ -773,6 +824,29 @@ _END_WAITING = text(f"""
 WITH held AS (
     SELECT id, {_CANCELLED_BEFORE_IT_BEGAN}
     FROM jobs WHERE id = :id AND tenant_id = :tenant AND state IN ('queued', 'blocked')
+), {_END} {_TAIL}
+""")  # noqa: S608
+
+# For all tenants at once: see migration 0007.
+_FOLLOWERS = text("SELECT id, tenant_id, after_id FROM headrace_followers(:limit)")
+
+_FOLLOWS = "id = :id AND tenant_id = :tenant AND state = 'blocked' AND after_id IS NOT NULL"
+
+_RELEASE = text(f"""
+WITH released AS (
+    UPDATE jobs SET state = 'queued', run_after = now() WHERE {_FOLLOWS} RETURNING id, model, priority, tenant_id
+), completed AS (
+    UPDATE payloads p SET request = CAST(:request AS json), digest = :digest, policy = CAST(:policy AS json)
+    FROM released r WHERE p.job_id = r.id
+)
+SELECT id, model, priority, tenant_id FROM released
+""")  # noqa: S608
+
+_STRAND = text(f"""
+WITH held AS (
+    SELECT id, NULL::uuid AS token, 'failed' AS outcome, NULL AS attempt_outcome, CAST(:error AS json) AS error,
+           {_NOTHING_MADE}
+    FROM jobs WHERE {_FOLLOWS} FOR UPDATE
 ), {_END} {_TAIL}
 """)  # noqa: S608
 
@@ -936,7 +1010,8 @@ _GET = text(f"{_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant")
 
 # Of the job, and what it was asked.
 _GET_CALL = text(f"""
-SELECT c.*, p.request FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND p.forgotten_at IS NULL) c
+SELECT c.*, p.request
+FROM ({_SELECT_JOB} WHERE j.id = :id AND j.tenant_id = :tenant AND (p.forgotten_at IS NULL OR :forgotten)) c
 JOIN payloads p ON p.job_id = c.id
 """)  # noqa: S608
 

@@ -107,6 +107,7 @@ jobs = Table(
     Column("idempotency_key", Text),
     Column("conversation", Text),
     Column("turn", Integer),  # from 1
+    Column("after_id", Uuid),  # the job that it goes on from, if that had not ended when it was accepted
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE")),
     Column("line", BigInteger),  # line number in the batch's input, from 1
     Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
@@ -124,7 +125,7 @@ jobs = Table(
     CheckConstraint("(batch_id IS NULL) = (line IS NULL)", name="line_in_a_batch"),
     CheckConstraint("(conversation IS NULL) = (turn IS NULL)", name="turn_in_a_conversation"),
     CheckConstraint("(key_id IS NULL) = (reserved_tokens IS NULL)", name="reserved_under_a_key"),
-    CheckConstraint("state <> 'blocked' OR turn > 1", name="only_later_turns_block"),
+    CheckConstraint("state <> 'blocked' OR turn > 1 OR after_id IS NOT NULL", name="only_later_turns_block"),
     Index(
         "jobs_idempotency_key_key",
         "tenant_id",
@@ -150,6 +151,7 @@ jobs = Table(
         postgresql_where=text("state = 'queued' AND lane = 'interactive'"),
     ),
     Index("jobs_running_idx", "worker_id", postgresql_where=text("state = 'running'")),
+    Index("jobs_after_idx", "after_id", postgresql_where=text("state = 'blocked' AND after_id IS NOT NULL")),
     Index("jobs_blocked_idx", "model", postgresql_where=text("state = 'blocked'")),
     Index(
         "jobs_deadline_idx",
@@ -172,6 +174,7 @@ payloads = Table(
     Column("forgotten_at", DateTime(timezone=True)),  # when its owner deleted it from the API
     # As in the request, but apart: Postgres reads no field of a JSON text that holds a NUL character.
     Column("metadata", JSON),
+    Column("webhook", Text),
     Column("policy", JSON),  # rules of the tenant's policy that took hold, and what each did
     Column("digest", LargeBinary, nullable=False),
 )
@@ -347,6 +350,8 @@ api_batches = Table(
     Column("output_seconds", Integer),  # how long its output files are kept; null: 30 days
     Column("idempotency_key", Text),
     Column("models", ARRAY(Text)),  # those that its requests may use; null: every model
+    Column("webhook", Text),  # a URL that is told when it has ended
+    Column("key_id", Uuid),  # the API key that it came in with, if that has a quota
     Column("metadata", JSON),
     Column("errors", JSON),  # faults of the file as a whole
     Column("counts", JSON),  # of the requests: how many there are, and once they have ended what became of them
@@ -381,6 +386,43 @@ api_batches = Table(
         unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
+)
+
+# An end that somebody wants to be told of: made by the statement that ends the job or batch, and gone with it.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _tenant(),
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE")),
+    Column("batch_id", Uuid, ForeignKey("api_batches.id", ondelete="CASCADE")),
+    Column("url", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),  # begun; the number of the last is its token
+    _now("created_at"),
+    # While one is under way: when it counts as lost. Null: it is over.
+    Column("next_attempt_at", DateTime(timezone=True), server_default=text("now()")),
+    _time("delivered_at"),
+    _time("given_up_at"),
+    Column("error", Text),  # of the last attempt
+    CheckConstraint("(job_id IS NULL) <> (batch_id IS NULL)", name="of_one"),
+    CheckConstraint(
+        "num_nonnulls(next_attempt_at, delivered_at, given_up_at) = 1", name="waits_or_is_delivered_or_given_up"
+    ),
+    # Each end is told once; and what is deleted finds its deliveries.
+    Index("webhook_deliveries_job_id_key", "job_id", unique=True, postgresql_where=text("job_id IS NOT NULL")),
+    Index("webhook_deliveries_batch_id_key", "batch_id", unique=True, postgresql_where=text("batch_id IS NOT NULL")),
+    Index("webhook_deliveries_due_idx", "next_attempt_at", postgresql_where=text("next_attempt_at IS NOT NULL")),
+    Index("webhook_deliveries_listed_idx", "tenant_id", "created_at"),
+)
+
+# Which of its secrets a tenant signs webhooks with; the secrets themselves are nowhere (`jobs.webhooks`).
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("generation", Integer, nullable=False),  # from 1; a tenant without a row has 0
+    _now("rotated_at"),
+    CheckConstraint("generation > 0", name="generation_positive"),
 )
 
 # Who may come in over HTTP. The secret itself is nowhere; a revoked key stays, so that its id still means something.

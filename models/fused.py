@@ -1,42 +1,23 @@
 """A whole decoder stack in few, fat operations, for the architectures whose blocks are all alike.
 
-Llama, Qwen2, Qwen3 and Mistral: RMS norm, attention with rotary positions, RMS norm, gated MLP. The residual stays in
-one tensor; adding to it, the norm after it and the next product's quantization are one pass. Any other architecture
-keeps its own code. So do these while no step is running.
+Llama, Qwen2, Qwen3 and Mistral: RMS norm, attention with rotary positions, RMS norm, gated MLP (`models.stack` runs
+them). Any other architecture keeps its own code. So do these while no step is running.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from models.attention import AttentionRules, Kernels, Reference, Step, attend, current_step
-from models.kernels.cpu import Angles, CompiledOps, CpuKernels, Norm, Ops, Rotary, Scaled, TorchOps, compiled
+from models.attention import AttentionRules, Kernels, Reference
+from models.kernels.cpu import CompiledOps, CpuKernels, Norm, Ops, Rotary, TorchOps, compiled
 from models.linears import Packed, Part, pack_linears
+from models.stack import Layer, Stack
 
 _log = logging.getLogger(__name__)
 
 _KNOWN = (LlamaModel, Qwen2Model, Qwen3Model, MistralModel)
 _LANES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One block's parts, as the fused code uses them."""
-
-    number: int
-    input_norm: Norm
-    qkv: Packed
-    rotary: Rotary
-    rules: AttentionRules
-    out: Packed
-    mlp_norm: Norm
-    gate_up: Packed
-    down: Packed
 
 
 def prepare_for_cpu(model: PreTrainedModel, quantization: str, *, ops: Ops | None = None) -> Kernels:
@@ -61,7 +42,7 @@ def fuse_layers(model: PreTrainedModel, ops: Ops) -> bool:
     rotated = 2 * len(base.rotary_emb.inv_freq)  # of each head's values: a part only, in some models
     if len(layers) < len(base.layers) or any(layer.rotary.dim != rotated for layer in layers):
         return False
-    base.forward = Stack(base, ops, layers)
+    base.forward = Stack(base, ops, layers, _norm(base.norm))
     return True
 
 
@@ -94,36 +75,3 @@ def _layer(module: Any) -> Layer | None:
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
-
-
-class Stack:
-    """The decoder stack's forward."""
-
-    def __init__(self, base: Any, ops: Ops, layers: Sequence[Layer]) -> None:
-        self._base = base
-        self._ops = ops
-        self._layers = layers
-        self._norm = _norm(base.norm)
-
-    def __call__(self, **given: Any) -> Any:
-        """Hidden states after the last norm, as the stack's own forward returns them."""
-        step = current_step()
-        if step is None:
-            return type(self._base).forward(self._base, **given)
-        embedded = self._base.embed_tokens(given["input_ids"])  # (1, tokens, hidden)
-        cos, sin = (part[0].contiguous() for part in self._base.rotary_emb(embedded, given["position_ids"]))
-        residual, added = embedded[0], None
-        for layer in self._layers:
-            added = self._run(layer, residual, added, (cos, sin), step)
-        hidden = self._ops.add_norm(residual, added, self._norm, quantize=False)
-        return BaseModelOutputWithPast(last_hidden_state=hidden.values.unsqueeze(0))
-
-    def _run(self, layer: Layer, residual: Tensor, added: Scaled | None, angles: Angles, step: Step) -> Scaled:
-        """What this layer's MLP adds to the residual. What the layer before adds is added here."""
-        ops = self._ops
-        x = ops.add_norm(residual, added, layer.input_norm, quantize=layer.qkv.quantized)
-        query = ops.rotary_write(layer.qkv.run(x), layer.rotary, angles, step, layer.number)
-        attended = attend(query, step, layer.number, layer.rules).flatten(1)
-        x = ops.quantize(attended) if layer.out.quantized else Scaled(attended)
-        x = ops.add_norm(residual, layer.out.run(x), layer.mlp_norm, quantize=layer.gate_up.quantized)
-        return layer.down.run(ops.silu_multiply(layer.gate_up.run(x), quantize=layer.down.quantized))

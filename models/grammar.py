@@ -64,17 +64,22 @@ class Grammars:
     def _compile(self, structure: Structure) -> LLMatcher:
         if self._tokenizer is None:
             raise InvalidRequest(structure.field, self._reason)
-        try:
-            limits = LLParserLimits(verbose_errors=False)
-            compiled = LLMatcher(self._tokenizer, _grammar(structure), log_level=0, limits=limits)
-        except ValueError as error:
-            raise InvalidRequest(structure.field, str(error)) from error
-        # The first mask, too: what cannot be followed from the start is refused, and what it takes to build is built.
-        first = compiled.deep_copy()
-        first.compute_bitmask()
-        if first.is_error():
-            raise InvalidRequest(structure.field, _reason(first))
-        return compiled
+        return compiled(self._tokenizer, structure)
+
+
+def compiled(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
+    """Before its first token. Raises `InvalidRequest`."""
+    try:
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(tokenizer, _grammar(structure), log_level=0, limits=limits)
+    except ValueError as error:
+        raise InvalidRequest(structure.field, str(error)) from error
+    # The first mask, too: what cannot be followed from the start is refused, and what it takes to build is built.
+    first = matcher.deep_copy()
+    first.compute_bitmask()
+    if first.is_error():
+        raise InvalidRequest(structure.field, _reason(first))
+    return matcher
 
 
 class GrammarMatcher:

@@ -1,6 +1,6 @@
 """Linear layers on a CPU: their weights laid out once, at load, as products read them; one handler for each scheme.
 
-Our own product (`models/kernels/cpu.cpp`) where the CPU has instructions for the type, oneDNN's elsewhere.
+Our own product (`models/kernels/cpu.cpp`) where it is the faster one, oneDNN's elsewhere.
 
 Projections of one input are one product: `q_proj`, `k_proj`, `v_proj`, and `gate_proj`, `up_proj`. Their modules stay
 where they were, each handing out its part, so a model's own code runs unchanged. Weights that are packed are freed.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, nn
 
+from models.huge_pages import Arena
 from models.kernels.cpu import PANEL, ZERO_POINT, CompiledOps, Ops, Scaled, packed_weights, quantized_weight
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -89,13 +90,13 @@ class Int8(Packed):
 
 
 class Own(Packed):
-    """For our own product: bfloat16, or as `Int8`."""
+    """For our own product: in the type the weights have, or as `Int8`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, ops: CompiledOps, *, int8: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, ops: CompiledOps, arena: Arena, *, int8: bool) -> None:
         super().__init__()
         self.quantized = int8
         self._ops = ops
-        self._weights = packed_weights(weight, bias, int8=int8)
+        self.weights = packed_weights(weight, bias, arena, int8=int8)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Own(Packed):
 
     def run(self, x: Scaled) -> Scaled:
         """See `Packed`."""
-        return Scaled(self._ops.product(x, self._weights))
+        return Scaled(self._ops.product(x, self.weights))
 
 
 class Together:
@@ -154,20 +155,21 @@ def filled_up(rows: Tensor) -> Tensor:
 
 def pack_linears(model: nn.Module, ops: Ops, *, int8: bool) -> None:
     """Replace the model's plain linear layers, in place. With `int8`, all but the output head are quantized."""
+    arena = Arena()
     heads = {id(model.get_output_embeddings())}  # type: ignore[operator]
     for module in list(model.modules()):
         for names in _TOGETHER:
-            _join(module, names, ops, int8=int8)
+            _join(module, names, ops, arena, int8=int8)
         for name, child in list(module.named_children()):
             if _is_plain(child):
-                setattr(module, name, _packed([child], ops, int8=int8 and id(child) not in heads))
+                setattr(module, name, _packed([child], ops, arena, int8=int8 and id(child) not in heads))
 
 
-def _join(module: nn.Module, names: Sequence[str], ops: Ops, *, int8: bool) -> None:
+def _join(module: nn.Module, names: Sequence[str], ops: Ops, arena: Arena, *, int8: bool) -> None:
     layers = [child for name in names if _is_plain(child := getattr(module, name, None))]
     if len(layers) < len(names) or len({(layer.in_features, layer.bias is None) for layer in layers}) > 1:
         return
-    together = Together(_packed(layers, ops, int8=int8), [layer.out_features for layer in layers])
+    together = Together(_packed(layers, ops, arena, int8=int8), [layer.out_features for layer in layers])
     for number, name in enumerate(names):
         setattr(module, name, Part(together, number))
 
@@ -180,11 +182,11 @@ def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     )
 
 
-def _packed(layers: Sequence[nn.Linear], ops: Ops, *, int8: bool) -> Packed:
+def _packed(layers: Sequence[nn.Linear], ops: Ops, arena: Arena, *, int8: bool) -> Packed:
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
     if isinstance(ops, CompiledOps) and _suits(weight, ops, int8=int8):
-        return Own(weight, bias, ops, int8=int8)
+        return Own(weight, bias, ops, arena, int8=int8)
     return Int8(weight, bias, ops) if int8 else Plain(weight, bias)
 
 

@@ -159,11 +159,12 @@ class StepBudget:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step over so many tokens took so long."""
+        # A step has fixed costs too, so this is less than what would fit: there is no need to creep up to it.
+        fitting = int(min(self._most, self.tokens * max(0.5, 0.9 * self._target_seconds / max(seconds, 1e-9))))
         if seconds > self._target_seconds:
-            fitting = int(self.tokens * max(0.5, 0.9 * self._target_seconds / seconds))
             self.tokens = max(min(self._least, self.tokens), fitting)
         elif tokens >= self.tokens and seconds < 0.7 * self._target_seconds:
-            self.tokens = min(self._most, self.tokens + self.tokens // 4)
+            self.tokens = fitting
 
     def halve(self) -> bool:
         """Memory did not suffice: never so many again. False if it cannot be less."""

@@ -10,22 +10,24 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import IO, TypeVar
 from uuid import UUID, uuid4
 
 from jobs.api_batches import LEASE_SECONDS, LIFE_SECONDS, ApiBatch, Counts, Fault
-from jobs.batches import Batch, Progress
+from jobs.batches import Batch, Line, Progress
 from jobs.errors import Fenced, ModelUnknown, NotFound, StoreUnavailable
 from jobs.files import FileReader, FileWriter
 from jobs.ids import new_id
 from jobs.schema import JobRequest
 from jobs.states import ApiBatchState, BatchState, State
+from jobs.store import Reservation
 from producer.batch_files import FileCheck
 from producer.bulk.intake import Intake
 from producer.bulk.reading import AsTheyAre, LineReader, max_line_bytes
 from producer.bulk.writing import LineWriter
-from producer.client import Producer
+from producer.client import Producer, within_quota
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ _LOOK_MAX_SECONDS = 10.0
 _LOOK_SHARE = 10
 # So long after its time is over it is the runner that ends what waits: workers do it sooner, if there are any.
 _OVERDUE_SECONDS = 5.0
+# The deadline of a line that comes in when the batch's time is over: nobody runs it.
+_OVER_SECONDS = 0.001
 _TIDY_SECONDS = 60.0
 _BUFFER_BYTES = 1 << 20
 
@@ -132,12 +136,14 @@ class _Step:
         self._all = producer.api_batches
         self._files = producer.files
         self._renewed_at = time.monotonic()
+        self._limit: int | None = None  # of its key, in tokens a minute
 
     def run(self) -> None:
         if self._batch.state is ApiBatchState.VALIDATING:
             self._validate()
-        if self._batch.state is ApiBatchState.IN_PROGRESS:
-            self._take_in()
+        if self._batch.state is ApiBatchState.IN_PROGRESS and not self._take_in():
+            self._all.rest(self._batch.id, self._runner, _LOOK_MAX_SECONDS)
+            return
         if self._batch.state is ApiBatchState.CANCELLING:
             self._cancel()
         if not self._batch.state.final:
@@ -172,21 +178,42 @@ class _Step:
 
     # -- in progress --------------------------------------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        """What of the input is not in yet."""
+    def _take_in(self) -> bool:
+        """What of the input is not in yet. False: some of it has to wait for its key's next minute."""
         file, size = self._input()
         with file:
             batch = self._batch_of(size)
             if batch.state is not BatchState.FILLING:
-                return
+                return True
             settings = self._producer.settings
+            self._limit = self._quota()
             reader = LineReader(AsTheyAre(), self._checked, settings.max_prompt_bytes, settings.max_attempts)
-            for models in Intake(self._producer.batches, batch, reader, lambda work: work()).run(file, size):
+            intake = Intake(self._producer.batches, batch, reader, lambda work: work(), self._admitted)
+            for models in intake.run(file, size):
                 self._hint(models)
                 self._go_on()
                 if self._batch.state is ApiBatchState.CANCELLING:
-                    return
+                    return True
+        if intake.offset < size:
+            return False
         self._producer.batches.filled(self._batch.id)
+        return True
+
+    def _quota(self) -> int | None:
+        """Tokens a minute. What comes in when the batch's time is over does not run, and needs none."""
+        if self._batch.key_id is None or self._batch.seconds_left <= 0:
+            return None
+        return self._producer.quotas.limit(self._batch.key_id, self._batch.tenant_id)
+
+    def _admitted(self, lines: Sequence[Line]) -> Sequence[Line]:
+        """Those that the key's minute has room for."""
+        if self._limit is None or self._batch.key_id is None:
+            return lines
+        key_id = self._batch.key_id
+        amounts = [self._producer.validator.most_tokens(line.request) for line in lines]
+        count = self._producer.quotas.reserve_first(key_id, self._batch.tenant_id, amounts)
+        reserved = zip(lines[:count], amounts[:count], strict=True)
+        return [replace(line, reservation=Reservation(key_id, tokens)) for line, tokens in reserved]
 
     def _batch_of(self, size: int) -> Batch:
         """The rows' batch, which is made or gone on with unless its whole input is in."""
@@ -204,8 +231,11 @@ class _Step:
         allowed = self._batch.models
         if not self._may_run(request.model) or (allowed is not None and request.model not in allowed):
             raise ModelUnknown(f"The model {request.model!r} does not exist.")
-        timed = request.model_copy(update={"deadline_seconds": max(1.0, self._batch.seconds_left)})
-        return self._producer.validator.check(timed)
+        timed = request.model_copy(update={"deadline_seconds": max(_OVER_SECONDS, self._batch.seconds_left)})
+        checked = self._producer.validator.check(timed)
+        if self._limit is not None:
+            within_quota(self._limit, self._producer.validator.most_tokens(checked))
+        return checked
 
     def _hint(self, models: list[str]) -> None:
         for model in models:

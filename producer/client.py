@@ -31,13 +31,14 @@ from jobs.ids import new_id
 from jobs.keys import ApiKey
 from jobs.leases import Leases
 from jobs.quotas import Quotas
-from jobs.schema import Call, Job, JobRequest
+from jobs.schema import Call, Job, JobError, JobRequest, Message
 from jobs.settings import Settings
 from jobs.signals import CANCEL, ENDED, Signals
 from jobs.signing import Purpose, Signer
 from jobs.states import State
 from jobs.store import Accepted, Reservation, Store, Waiting
 from jobs.tables import LOCAL_TENANT
+from jobs.webhooks import Webhooks
 from producer.validation import Validator
 
 # Without a word from Redis, a waiting call looks into Postgres this often.
@@ -74,7 +75,8 @@ class Producer:
         self.api_batches = ApiBatches(database)
         self.conversations = Conversations(database)
         self.files = Files(database)
-        self._quotas = Quotas(database)
+        self.quotas = Quotas(database)
+        self.webhooks = Webhooks(database, str(self.settings.secret))
 
     def __enter__(self) -> Self:
         return self
@@ -123,19 +125,24 @@ class Producer:
         job_id: UUID | None = None,
         endpoint: str | None = None,
         call: Call | None = None,
+        after: UUID | None = None,
         **fields: Any,
     ) -> Job:
         """Accept one job: from here on it cannot be lost. The fields are those of `JobRequest`.
 
-        `endpoint` and `call` say how it came over the API, if it did.
+        `endpoint` and `call` say how it came over the API, if it did. `after`: it goes on from that job, which has not
+        ended; until `release` it is blocked.
 
         Raises RequestInvalid naming the field at fault, IdempotencyConflict, Forbidden if the key is not for the model,
         QuotaExceeded, or StoreUnavailable; after the last one, submitting again with the same `job_id` is safe.
         """
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
-        checked = self._check(request or JobRequest.parse(fields))
-        accepted = self._accept(job_id or new_id(), checked, endpoint=endpoint, call=call)
+        asked = request or JobRequest.parse(fields)
+        checked = kept = self._check(asked)
+        if after is not None:  # how long its answer may be is decided with its whole prompt
+            kept = checked.model_copy(update={"max_tokens": asked.max_tokens})
+        accepted = self._accept(job_id or new_id(), checked, kept, endpoint=endpoint, call=call, after=after)
         if accepted.job is None:
             return self.get(accepted.id)
         self._ears.expect(accepted.id)
@@ -143,34 +150,48 @@ class Producer:
             self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority, self.tenant_id)])
         return accepted.job
 
-    def _accept(self, job_id: UUID, checked: JobRequest, **how: Any) -> Accepted:
-        """`how` it came over the API."""
+    def release(self, job: Job, said: Sequence[Message], asked: JobRequest) -> None:
+        """Let a job that was accepted `after` another one run, with what was said up to that one's answer.
+
+        Raises RequestInvalid if all of it together is no request that can be run.
+        """
+        whole = asked.model_copy(update={"messages": (*said, *(asked.messages or ()))})
+        checked = self.validator.check(whole)
+        waiting = self.store.release(job.id, self.tenant_id, checked, job.policy | checked.findings)
+        if waiting is not None:
+            self.dispatcher.publish([waiting])
+
+    def strand(self, job_id: UUID, error: JobError) -> None:
+        """End a job that was accepted `after` another one and cannot go on from it."""
+        if self.store.strand(job_id, self.tenant_id, error):
+            self._signals.publish(ENDED, [job_id])
+
+    def _accept(self, job_id: UUID, checked: JobRequest, kept: JobRequest, **how: Any) -> Accepted:
+        """What is `kept` of a request that was checked; `how` it came over the API."""
         if self._key is None or self._key.quota_tokens_per_minute is None:
-            return self.store.accept(job_id, checked, self.settings.max_attempts, self.tenant_id, **how)
-        tokens = _within(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
+            return self.store.accept(job_id, kept, self.settings.max_attempts, self.tenant_id, **how)
+        tokens = within_quota(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
         try:
-            self._quotas.reserve(self._key, tokens)
+            self.quotas.reserve(self._key, tokens)
         except QuotaExceeded:
-            before = self.store.accepted_before(job_id, checked, self.tenant_id)
+            before = self.store.accepted_before(job_id, kept, self.tenant_id)
             if before is None:
                 raise
             return before
-        return self._accept_reserved(job_id, checked, Reservation(self._key.id, tokens), **how)
+        return self._accept_reserved(job_id, kept, Reservation(self._key.id, tokens), **how)
 
-    def _accept_reserved(self, job_id: UUID, checked: JobRequest, reservation: Reservation, **how: Any) -> Accepted:
+    def _accept_reserved(self, job_id: UUID, kept: JobRequest, reservation: Reservation, **how: Any) -> Accepted:
         assert self._key is not None
         created = True  # it may be, whatever fails; if it is not, the reservation ends with its minute
         try:
-            accepted = self.store.accept(
-                job_id, checked, self.settings.max_attempts, self.tenant_id, reservation, **how
-            )
+            accepted = self.store.accept(job_id, kept, self.settings.max_attempts, self.tenant_id, reservation, **how)
             created = accepted.created
         except IdempotencyConflict:
             created = False
             raise
         finally:
             if not created:
-                self._quotas.give_back(self._key, reservation.tokens)
+                self.quotas.give_back(self._key, reservation.tokens)
         return accepted
 
     def _check(self, request: JobRequest) -> JobRequest:
@@ -186,7 +207,8 @@ class Producer:
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> builtins.list[Job]:
         """Accept many jobs at once as one batch, in the bulk lane: all of them or none.
 
-        A turn of a conversation and an idempotency key need `submit`. Errors name the request: `requests[3].model`.
+        A turn of a conversation, an idempotency key and a webhook need `submit`. Errors name the request:
+        `requests[3].model`.
         """
         lines = [self._line(number, request) for number, request in enumerate(requests)]
         batch = self.batches.open(new_id(), {"kind": "submit_many", "requests": len(lines)})
@@ -199,7 +221,7 @@ class Producer:
     def _line(self, number: int, fields: JobRequest | dict[str, Any]) -> Line:
         try:
             request = self._check(JobRequest.parse(fields))
-            for alone in ("conversation", "idempotency_key"):
+            for alone in ("conversation", "idempotency_key", "webhook"):
                 if getattr(request, alone) is not None:
                     raise RequestInvalid(alone, "is not for a batch; use submit")  # noqa: TRY301 - one place adds the index
         except RequestInvalid as error:
@@ -266,8 +288,8 @@ class Producer:
         return self.get(job_id)
 
 
-def _within(limit: int, tokens: int) -> int:
-    """A request that no minute has room for is no matter of waiting."""
+def within_quota(limit: int, tokens: int) -> int:
+    """The tokens. A request that no minute has room for is no matter of waiting: raises RequestInvalid."""
     if tokens > limit:
         message = f"the request may take {tokens:,} tokens, and the key's quota is {limit:,} a minute"
         raise RequestInvalid("max_tokens", message, "tokens_above_quota")

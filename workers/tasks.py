@@ -377,6 +377,7 @@ def settlement_of(host: Host, held: Held, ended: Ended, tokenize_seconds: float)
         machine_dollars=price.machine_dollars,
         retry_after_seconds=delay,
         metered=claim.metered,
+        awaited=claim.awaited,
     )
 
 

@@ -31,6 +31,7 @@ def submit(
     deadline_seconds: Annotated[float | None, typer.Option(help="Later than that, the job expires.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key and request is the same job.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Kept. Repeatable.")] = None,
+    webhook: Annotated[str | None, typer.Option(metavar="URL", help="A gateway tells it when the job ends.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Submit one job. Prints its id, or with --wait its answer (exit status 3 if it did not succeed)."""
@@ -45,6 +46,7 @@ def submit(
         "deadline_seconds": deadline_seconds,
         "idempotency_key": idempotency_key,
         "metadata": _pairs(metadata or []),
+        "webhook": webhook,
     }
     with open_producer(connected_settings()) as producer:
         job = producer.submit(**fields)

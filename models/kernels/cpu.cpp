@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,11 @@ constexpr long kQueries = 32;        // rows (token, head) of a KV head that sha
 constexpr long kParallel = 1 << 14;  // elements under which waking the threads costs more than the work
 constexpr long kPanel = 2;           // vectors of outputs that a product computes at once
 constexpr long kRows = 12;           // times that many rows: 24 sums, the 32 registers' share
+#ifdef __AVX512BF16__
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
 
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
@@ -112,7 +118,7 @@ float* scratch(long floats) {
 
 template <class T>
 void quantize(const T* x, Sink<T> sink, long rows, long width) {
-#pragma omp parallel for if (rows * width > kParallel)
+#pragma omp for
   for (long row = 0; row < rows; ++row) {
     float* values = scratch(width);
     for (long i = 0; i < width; i += kLanes) store(values + i, load(x + row * width + i));
@@ -123,7 +129,7 @@ void quantize(const T* x, Sink<T> sink, long rows, long width) {
 template <class T>
 void add_norm(T* residual, const T* added, const float* added_scales, const T* weight, float epsilon, Sink<T> sink,
               long rows, long width) {
-#pragma omp parallel for if (rows * width > kParallel)
+#pragma omp for
   for (long row = 0; row < rows; ++row) {
     float* values = scratch(width);
     T* own = residual + row * width;
@@ -143,7 +149,7 @@ void add_norm(T* residual, const T* added, const float* added_scales, const T* w
 
 template <class T>
 void silu_multiply(const T* gate_up, const float* scales, Sink<T> sink, long rows, long width) {
-#pragma omp parallel for if (rows * width > kParallel)
+#pragma omp for
   for (long row = 0; row < rows; ++row) {
     float* values = scratch(width);
     const T *gates = gate_up + row * 2 * width, *ups = gates + width;
@@ -182,7 +188,7 @@ void rotary_write(T* qkv, const float* scales, const T* bias, const T* cos, cons
                   const T* key_norm, float epsilon, const int64_t* slots, T* keys, T* values, long tokens, Heads heads,
                   long block_tokens) {
   long dim = heads.dim, all = heads.query + 2 * heads.kv;
-#pragma omp parallel for if (tokens * all * dim > kParallel)
+#pragma omp for
   for (long token = 0; token < tokens; ++token) {
     float* x = scratch(dim);
     float scale = scales ? scales[token] : 1.f;
@@ -288,26 +294,57 @@ constexpr auto product_tiles(std::index_sequence<MORE...>) {
   return std::array{&product_tile<In, T, MORE + 1>...};
 }
 
-// x (rows, depth words) times weights (panels of 32 outputs, depth, 32 words). Each thread reads its panels once, in
-// order: all rows pass while one is in the second-level cache, and meanwhile the next is fetched.
+// One thread's panels of x (rows, depth words) times weights (panels of 32 outputs, depth, 32 words), each read once:
+// all rows pass while one is in the second-level cache, and meanwhile the next is fetched.
 template <class In, class T>
-void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
-  if (rows == 0) return;
+void product_panels(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out, long from,
+                    long end) {
   static constexpr auto tiles = product_tiles<In, T>(std::make_index_sequence<kRows>());
-  long panels = out.columns / (kPanel * kLanes), blocks = (rows + kRows - 1) / kRows;
-  long share = (depth + blocks - 1) / blocks;
-#pragma omp parallel if (rows * depth * out.columns > kParallel)
-  {
-    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), end = panels * (thread + 1) / threads;
-    for (long p = panels * thread / threads; p < end; ++p) {
-      const Words *panel = weights + p * depth * kPanel, *next = panel + depth * kPanel;
-      for (long i = 0; i < blocks; ++i) {
-        long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
-        Ahead ahead{next + i * share * kPanel, p + 1 < end ? std::min(share, depth - i * share) : 0};
-        tiles[count - 1](x + row * depth, panel, depth, ahead, out, row, p * kPanel * kLanes);
-      }
+  long blocks = (rows + kRows - 1) / kRows, share = blocks ? (depth + blocks - 1) / blocks : 0;
+  for (long p = from; p < end; ++p) {
+    const Words *panel = weights + p * depth * kPanel, *next = panel + depth * kPanel;
+    for (long i = 0; i < blocks; ++i) {
+      long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
+      Ahead ahead{next + i * share * kPanel, p + 1 < end ? std::min(share, depth - i * share) : 0};
+      tiles[count - 1](x + row * depth, panel, depth, ahead, out, row, p * kPanel * kLanes);
     }
   }
+}
+
+// A CPU without bfloat16 products: pairs become floats, once for all rows, in the order in which pairs are summed.
+template <class T>
+void widened_panels(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out, long from,
+                    long end) {
+  static constexpr auto tiles = product_tiles<float, T>(std::make_index_sequence<kRows>());
+  thread_local std::vector<uint32_t> values;
+  thread_local std::vector<Words> panel;
+  values.resize(2 * rows * depth), panel.resize(2 * depth * kPanel);
+  for (long i = 0; i < rows * depth; ++i) values[2 * i] = x[i] << 16, values[2 * i + 1] = x[i] & 0xffff0000u;
+  for (long p = from; p < end; ++p) {
+    const Words *words = weights + p * depth * kPanel, *next = p + 1 < end ? words + depth * kPanel : words;
+    for (long d = 0; d < depth; ++d)
+      for (long k = 0; k < kPanel; ++k) {
+        __builtin_prefetch(next + d * kPanel + k, 0, 2);
+        panel[2 * d * kPanel + k] = words[d * kPanel + k] << 16;
+        panel[(2 * d + 1) * kPanel + k] = words[d * kPanel + k] & 0xffff0000u;
+      }
+    for (long blocks = (rows + kRows - 1) / kRows, i = 0; i < blocks; ++i) {
+      long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
+      tiles[count - 1](values.data() + 2 * row * depth, panel.data(), 2 * depth, {}, out, row, p * kPanel * kLanes);
+    }
+  }
+}
+
+template <class In, class T>
+void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
+  long panels = out.columns / (kPanel * kLanes), threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  long from = panels * thread / threads, end = panels * (thread + 1) / threads;
+  bool widened = std::is_same_v<In, Bf16> && !kMultipliesBf16 && rows > 4 * kRows;  // fewer are not worth it
+  if (widened)
+    widened_panels(x, weights, rows, depth, out, from, end);
+  else
+    product_panels<In>(x, weights, rows, depth, out, from, end);
+#pragma omp barrier
 }
 
 // c (rows x 16*columns) += a (rows x depth words) * b (depth words x 16*columns)
@@ -359,34 +396,74 @@ void transpose(const uint32_t* rows, long stride, Words* out, long out_stride) {
 
 template <class T>
 struct Attention {
-  const T* query;  // (sequences * tokens, heads, dim), the first stride apart
+  const T* query;  // (tokens, heads, dim), the first stride apart
   long query_stride;
-  T* out;  // (sequences * tokens, heads, dim)
+  T* out;  // (tokens, heads, dim)
   const T *keys, *values;
-  const int32_t *tables, *contexts;
-  long table_stride, sequences, tokens, block_tokens, window;
+  const int32_t* tables;
+  long table_stride, block_tokens, window;
   Heads heads;
   float scaling, softcap;
   const float* sinks;
 
   long groups() const { return heads.query / heads.kv; }
-  const T* block(const T* pool, long sequence, long key, long kv) const {
-    long number = tables[sequence * table_stride + key / block_tokens];
+  const T* block(const T* pool, long row, long key, long kv) const {
+    long number = tables[row * table_stride + key / block_tokens];
     return pool + ((number * heads.kv + kv) * block_tokens + key % block_tokens) * heads.dim;
   }
 };
 
-// Some tokens of one sequence, the query heads of one KV head, and a stretch of its keys.
+// Neighbouring tokens of one row: where their queries lie, where the results go, and how many keys the last one sees.
+struct Span {
+  long row, query, out, tokens, context;
+};
+
+// Some tokens of a span, the query heads of one KV head, and a stretch of its keys.
 struct Task {
-  long sequence, kv, first, tokens, from, to;
+  long row, query, out, tokens, place;  // place: of the first token in its row
+  long kv, from, to;
   bool sinks;  // it is the one that counts them
 };
+
+// Every `splits` tasks are parts of one, which several threads share since there are few.
+struct Tasks {
+  std::vector<Task> all;
+  long splits, rows;  // rows: (token, head of a group), of the largest
+};
+
+Tasks tasks_of(const std::vector<Span>& spans, Heads heads, long window) {
+  long groups = heads.query / heads.kv, most = std::max(1L, kQueries / groups), whole = 0, longest = 0, largest = 0;
+  for (const Span& span : spans) {
+    whole += heads.kv * ((span.tokens + most - 1) / most);
+    longest = std::max(longest, span.context);
+    largest = std::max(largest, std::min(span.tokens, most));
+  }
+  long threads = omp_get_max_threads();
+  long splits = threads > 1 && whole ? std::max(1L, std::min(4 * threads / whole, longest / (2 * kTile))) : 1;
+  Tasks tasks{{}, splits, largest * groups};
+  tasks.all.reserve(whole * splits);
+  for (const Span& span : spans)
+    for (long kv = 0; kv < heads.kv; ++kv)
+      for (long first = 0; first < span.tokens; first += most) {
+        long tokens = std::min(most, span.tokens - first), place = span.context - span.tokens + first;
+        long end = place + tokens;  // the last of these tokens sees this many
+        long begin = window > 0 ? std::max(0L, place - window + 1) / kTile * kTile : 0;
+        long share = ((end - begin + splits - 1) / splits + kTile - 1) / kTile * kTile;
+        for (long split = 0; split < splits; ++split)
+          tasks.all.push_back({span.row, span.query + first, span.out + first, tokens, place, kv,
+                               std::min(end, begin + split * share), std::min(end, begin + (split + 1) * share),
+                               split == 0});
+      }
+  return tasks;
+}
 
 // Rows are (token, head of the group). Unnormalized sums stay beside the largest score and the sum of weights.
 template <class T>
 struct Partial {
   std::vector<Floats> total;  // (rows, dim / 16)
   std::vector<float> top, weight;
+
+  void fit(long rows, long dim) { total.resize(rows * dim / kLanes), top.resize(rows), weight.resize(rows); }
 };
 
 template <class T>
@@ -422,7 +499,7 @@ void score_row(const Attention<T>& all, Floats* scores, T* weights, long first_k
 template <class T>
 void attend(const Attention<T>& all, const Task& task, const Task& next, Partial<T>& state) {
   long groups = all.groups(), rows = task.tokens * groups, dim = all.heads.dim, columns = dim / kLanes;
-  long words = dim / kPerWord<T>, context = all.contexts[task.sequence];
+  long words = dim / kPerWord<T>;
   thread_local std::vector<uint32_t> queries;
   thread_local std::vector<Words> keys, values;
   thread_local std::vector<Floats> scores;
@@ -430,8 +507,7 @@ void attend(const Attention<T>& all, const Task& task, const Task& next, Partial
   queries.resize(rows * words), keys.resize(words * kTile / kLanes), values.resize(kTile / kPerWord<T> * columns);
   scores.resize(rows * kTile / kLanes), weights.resize(rows * kTile);
   for (long row = 0; row < rows; ++row) {
-    long token = task.sequence * all.tokens + task.first + row / groups;
-    const T* from = all.query + token * all.query_stride + (task.kv * groups + row % groups) * dim;
+    const T* from = all.query + (task.query + row / groups) * all.query_stride + (task.kv * groups + row % groups) * dim;
     std::memcpy(queries.data() + row * words, from, dim * sizeof(T));
     bool sink = all.sinks && task.sinks;
     state.top[row] = sink ? all.sinks[task.kv * groups + row % groups] : -1e30f;
@@ -444,14 +520,14 @@ void attend(const Attention<T>& all, const Task& task, const Task& next, Partial
       // What comes next, a tile later or in the next task, is fetched meanwhile, some lines at a time.
       const Task& then = tile + kTile < task.to ? task : next;
       long later = std::min((&then == &task ? tile + kTile : next.from) + k, (then.to - 1) / kLanes * kLanes);
-      auto key_ahead = reinterpret_cast<const char*>(all.block(all.keys, then.sequence, later, then.kv));
-      auto value_ahead = reinterpret_cast<const char*>(all.block(all.values, then.sequence, later, then.kv));
-      auto from = reinterpret_cast<const uint32_t*>(all.block(all.keys, task.sequence, key, task.kv));
+      auto key_ahead = reinterpret_cast<const char*>(all.block(all.keys, then.row, later, then.kv));
+      auto value_ahead = reinterpret_cast<const char*>(all.block(all.values, then.row, later, then.kv));
+      auto from = reinterpret_cast<const uint32_t*>(all.block(all.keys, task.row, key, task.kv));
       for (long d = 0; d < words; d += kLanes) {
         for (long i = 0; i < kLanes; ++i) __builtin_prefetch(key_ahead + (d / kLanes * kLanes + i) * 64, 0, 3);
         transpose(from + d, words, keys.data() + d * (kTile / kLanes) + k / kLanes, kTile / kLanes);
       }
-      const T* value = all.block(all.values, task.sequence, key, task.kv);
+      const T* value = all.block(all.values, task.row, key, task.kv);
       for (long j = 0; j < kLanes; j += kPerWord<T>)
         for (long c = 0; c < columns; ++c) {
           __builtin_prefetch(value_ahead + (j * columns + c * kPerWord<T>) * 64 / kPerWord<T>, 0, 3);
@@ -464,7 +540,7 @@ void attend(const Attention<T>& all, const Task& task, const Task& next, Partial
     std::fill(scores.begin(), scores.end(), Floats{});
     multiply<T>(queries.data(), keys.data(), scores.data(), rows, words, kTile / kLanes);
     for (long row = 0; row < rows; ++row) {
-      long own = context - all.tokens + task.first + row / groups;  // the row's place in its sequence
+      long own = task.place + row / groups;
       long from = all.window > 0 ? std::max(task.from, own - all.window + 1) : task.from;
       score_row(all, &scores[row * kTile / kLanes], &weights[row * kTile], tile, from, std::min(task.to, own + 1),
                 state.top[row], state.weight[row], &state.total[row * columns]);
@@ -481,8 +557,7 @@ void finish(const Attention<T>& all, const Task& task, const Partial<T>* parts, 
   for (long row = 0; row < task.tokens * groups; ++row) {
     float top = parts[0].top[row], weight = 0;
     for (long i = 1; i < count; ++i) top = std::max(top, parts[i].top[row]);
-    long token = task.sequence * all.tokens + task.first + row / groups;
-    T* to = all.out + (token * all.heads.query + task.kv * groups + row % groups) * all.heads.dim;
+    T* to = all.out + ((task.out + row / groups) * all.heads.query + task.kv * groups + row % groups) * all.heads.dim;
     for (long i = 0; i < count; ++i) weight += parts[i].weight[row] * std::exp(parts[i].top[row] - top);
     for (long c = 0; c < columns; ++c) {
       Floats total{};
@@ -493,96 +568,220 @@ void finish(const Attention<T>& all, const Task& task, const Partial<T>* parts, 
   }
 }
 
+// What the parts of a task leave, (tasks, splits); none if each has but one.
 template <class T>
-Partial<T> partial(long rows, long dim) {
-  return {std::vector<Floats>(rows * dim / kLanes), std::vector<float>(rows), std::vector<float>(rows)};
+std::vector<Partial<T>> partials(const Tasks& tasks, long dim) {
+  std::vector<Partial<T>> parts(tasks.splits > 1 ? tasks.all.size() : 0);
+  for (Partial<T>& part : parts) part.fit(tasks.rows, dim);
+  return parts;
 }
 
 template <class T>
-void attention(const Attention<T>& all) {
-  long groups = all.groups(), step = std::min(all.tokens, std::max(1L, kQueries / groups));
-  long tiles = (all.tokens + step - 1) / step, tasks = all.sequences * all.heads.kv * tiles;
-  long longest = *std::max_element(all.contexts, all.contexts + all.sequences);
-  // few tasks: several threads share the keys of one
-  long threads = omp_get_max_threads(), splits = std::min(4 * threads / tasks, longest / (2 * kTile));
-  splits = threads > 1 ? std::max(1L, splits) : 1;
-  auto task_of = [&](long number, long split) {
-    long tile = number % tiles, kv = number / tiles % all.heads.kv, sequence = number / tiles / all.heads.kv;
-    long first = tile * step, tokens = std::min(step, all.tokens - first), context = all.contexts[sequence];
-    long end = context - all.tokens + first + tokens;  // the last of these tokens sees this many
-    long begin = all.window > 0 ? std::max(0L, end - tokens - all.window + 1) / kTile * kTile : 0;
-    long share = ((end - begin + splits - 1) / splits + kTile - 1) / kTile * kTile;
-    return Task{sequence, kv, first, tokens, std::min(end, begin + split * share),
-                std::min(end, begin + (split + 1) * share), split == 0};
-  };
-  std::vector<Partial<T>> parts;
-  for (long i = 0; splits > 1 && i < tasks * splits; ++i) parts.push_back(partial<T>(step * groups, all.heads.dim));
-#pragma omp parallel if (all.sequences * all.tokens * all.heads.query * longest > kParallel)
-  {
-    Partial<T> own = partial<T>(step * groups, all.heads.dim);
+void attention(const Attention<T>& all, const Tasks& tasks, std::vector<Partial<T>>& parts) {
+  long count = tasks.all.size(), splits = tasks.splits, ahead = omp_get_num_threads();
+  thread_local Partial<T> own;
+  own.fit(tasks.rows, all.heads.dim);
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < tasks * splits; ++i) {
-      Task task = task_of(i / splits, i % splits);
-      long after = std::min(i + omp_get_num_threads(), tasks * splits - 1);  // ours, if all are equally fast
-      attend(all, task, task_of(after / splits, after % splits), splits > 1 ? parts[i] : own);
-      if (splits == 1) finish(all, task, &own, 1);
-    }
-#pragma omp for
-    for (long i = 0; i < (splits > 1 ? tasks : 0); ++i) finish(all, task_of(i, 0), &parts[i * splits], splits);
+  for (long i = 0; i < count; ++i) {
+    const Task& next = tasks.all[std::min(i + ahead, count - 1)];  // ours, if all are equally fast
+    attend(all, tasks.all[i], next, splits > 1 ? parts[i] : own);
+    if (splits == 1) finish(all, tasks.all[i], &own, 1);
   }
+  if (splits == 1) return;
+#pragma omp for
+  for (long i = 0; i < count; i += splits) finish(all, tasks.all[i], &parts[i], splits);
+}
+
+// One thread, or all of torch's: each runs all of `work`, whose loops and barriers share it out.
+template <class Work>
+void as_team(bool all, const Work& work) {
+#pragma omp parallel if (all)
+  work();
+}
+
+// A linear layer as `Weights` in cpu.py has it. Without scales its words are those of T, else bytes.
+struct Linear {
+  const void *words, *bias;
+  const float* scales;
+  const int32_t* shifts;
+  long inputs, outputs;
+};
+
+template <class T>
+void multiply(const Linear& linear, const Sink<T>& x, T* out, long rows) {
+  const Words* words = static_cast<const Words*>(linear.words);
+  Output<T> output{out, linear.outputs, static_cast<const T*>(linear.bias), x.scales, linear.scales, linear.shifts};
+  if (linear.scales)
+    product<Int8>(reinterpret_cast<const uint32_t*>(x.bytes), words, rows, linear.inputs / 4, output);
+  else
+    product<T>(reinterpret_cast<const uint32_t*>(x.plain), words, rows, linear.inputs / kPerWord<T>, output);
+}
+
+struct Norm {
+  const void* weight;
+  float epsilon;
+};
+
+// One decoder block over one pool.
+struct Layer {
+  Norm input_norm, query_norm, key_norm, mlp_norm;
+  Linear qkv, out, gate_up, down;
+  void *keys, *values;
+  long window;
+};
+
+struct Stack {
+  const Layer* layers;
+  long count;
+  Norm norm;
+  long hidden, intermediate;
+  Heads heads;
+  float scaling;
+  long block_tokens;
+};
+
+// The tokens of a step: rows' tokens lie one after the other, those of row r from firsts[r] on.
+struct Step {
+  long tokens, rows;
+  void* residual;  // (tokens, hidden): the embedded tokens
+  const void *cos, *sin;
+  const int64_t *slots, *firsts;
+  const int32_t *tables, *contexts;
+  long table_stride;
+  void* out;  // (tokens, hidden), after the last norm
+};
+
+// What a layer leaves to the next and its own parts to each other; kept from step to step, since fresh memory is slow.
+template <class T>
+struct Between {
+  std::vector<Floats> memory[5];
+
+  T* at(int which, long count) { return bytes_at<T>(which, count * sizeof(T)); }
+  template <class As>
+  As* bytes_at(int which, long bytes) {
+    memory[which].resize(std::max<size_t>(memory[which].size(), (bytes + sizeof(Floats) - 1) / sizeof(Floats)));
+    return reinterpret_cast<As*>(memory[which].data());
+  }
+};
+
+template <class T>
+void run_stack(const Stack& stack, const Step& step) {
+  const Heads& heads = stack.heads;
+  long tokens = step.tokens, hidden = stack.hidden, attended_width = heads.query * heads.dim;
+  long qkv_width = attended_width + 2 * heads.kv * heads.dim;
+  long widest = std::max({hidden, attended_width, stack.intermediate});
+  thread_local Between<T> between;
+  T* plain = between.at(0, tokens * widest);
+  T* wide = between.at(1, tokens * std::max(qkv_width, 2 * stack.intermediate));
+  T* added = between.at(2, tokens * hidden);
+  uint8_t* bytes = between.template bytes_at<uint8_t>(3, tokens * widest);
+  float* scales = between.template bytes_at<float>(4, tokens * sizeof(float));
+  T* residual = static_cast<T*>(step.residual);
+  auto input_of = [&](const Linear& next) {
+    return next.scales ? Sink<T>{nullptr, bytes, scales} : Sink<T>{plain, nullptr, nullptr};
+  };
+  auto norm = [&](const Norm& by, const T* more, Sink<T> sink) {
+    add_norm(residual, more, nullptr, static_cast<const T*>(by.weight), by.epsilon, sink, tokens, hidden);
+  };
+
+  std::vector<Span> spans;
+  for (long row = 0; row < step.rows; ++row) {
+    long first = step.firsts[row], count = step.firsts[row + 1] - first;
+    spans.push_back({row, first, first, count, step.contexts[row]});
+  }
+  std::map<long, Tasks> tasks;  // by the window
+  for (long i = 0; i < stack.count; ++i)
+    if (!tasks.count(stack.layers[i].window))
+      tasks[stack.layers[i].window] = tasks_of(spans, heads, stack.layers[i].window);
+  std::vector<Partial<T>> parts = partials<T>(tasks.begin()->second, heads.dim);
+
+  as_team(tokens * hidden * qkv_width > kParallel, [&] {
+    for (long i = 0; i < stack.count; ++i) {
+      const Layer& layer = stack.layers[i];
+      T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
+      norm(layer.input_norm, i ? added : nullptr, input_of(layer.qkv));
+      multiply(layer.qkv, input_of(layer.qkv), wide, tokens);
+      rotary_write(wide, nullptr, static_cast<const T*>(nullptr), static_cast<const T*>(step.cos),
+                   static_cast<const T*>(step.sin), static_cast<const T*>(layer.query_norm.weight),
+                   static_cast<const T*>(layer.key_norm.weight), layer.key_norm.epsilon, step.slots, keys, values,
+                   tokens, heads, stack.block_tokens);
+      attention<T>({wide, qkv_width, plain, keys, values, step.tables, step.table_stride, stack.block_tokens,
+                    layer.window, heads, stack.scaling, 0, nullptr},
+                   tasks.at(layer.window), parts);
+      if (layer.out.scales) quantize(plain, input_of(layer.out), tokens, attended_width);
+      multiply(layer.out, input_of(layer.out), added, tokens);
+      norm(layer.mlp_norm, added, input_of(layer.gate_up));
+      multiply(layer.gate_up, input_of(layer.gate_up), wide, tokens);
+      silu_multiply(wide, nullptr, input_of(layer.down), tokens, stack.intermediate);
+      multiply(layer.down, input_of(layer.down), added, tokens);
+    }
+    norm(stack.norm, added, {static_cast<T*>(step.out), nullptr, nullptr});
+  });
 }
 
 }  // namespace
 
-// Whether the compiled products are those of the CPU's own instructions; without these oneDNN is faster.
-#ifdef __AVX512BF16__
-extern "C" long multiplies_bfloat16() { return 1; }
+// Whether the compiled products beat oneDNN's. Those of Bf16 do even where they are made of float's, unless the sums
+// do not fit into registers.
+#ifdef __AVX512F__
+extern "C" long multiplies_floats() { return 1; }
 #else
-extern "C" long multiplies_bfloat16() { return 0; }
+extern "C" long multiplies_floats() { return 0; }
 #endif
 #ifdef __AVX512VNNI__
-extern "C" long multiplies_int8() { return 1; }
+extern "C" long multiplies_bytes() { return 1; }
 #else
-extern "C" long multiplies_int8() { return 0; }
+extern "C" long multiplies_bytes() { return 0; }
 #endif
 
 #define EXPORT(T, SUFFIX)                                                                                             \
-  extern "C" void product_##SUFFIX(T* out, const T* x, const void* weights, const T* bias, long rows, long inputs,    \
-                                   long outputs) {                                                                    \
-    product<T, T>(reinterpret_cast<const uint32_t*>(x), static_cast<const Words*>(weights), rows,                     \
-                  inputs / kPerWord<T>, {out, outputs, bias, nullptr, nullptr, nullptr});                             \
-  }                                                                                                                   \
-  extern "C" void product_int8_##SUFFIX(T* out, const uint8_t* x, const float* row_scales, const void* weights,       \
-                                        const float* scales, const int32_t* shifts, const T* bias, long rows,         \
-                                        long inputs, long outputs) {                                                  \
-    product<Int8, T>(reinterpret_cast<const uint32_t*>(x), static_cast<const Words*>(weights), rows, inputs / 4,      \
-                     {out, outputs, bias, row_scales, scales, shifts});                                               \
+  extern "C" void product_##SUFFIX(T* out, const T* x, const uint8_t* bytes, const float* row_scales,                 \
+                                   const Linear* linear, long rows) {                                                 \
+    as_team(rows * linear->inputs * linear->outputs > kParallel, [&] {                                                \
+      multiply<T>(*linear, {const_cast<T*>(x), const_cast<uint8_t*>(bytes), const_cast<float*>(row_scales)}, out,     \
+                  rows);                                                                                              \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void quantize_##SUFFIX(const T* x, uint8_t* bytes, float* scales, long rows, long width) {              \
-    quantize<T>(x, {nullptr, bytes, scales}, rows, width);                                                            \
+    as_team(rows * width > kParallel, [&] { quantize<T>(x, {nullptr, bytes, scales}, rows, width); });                \
   }                                                                                                                   \
   extern "C" void add_norm_##SUFFIX(T* residual, const T* added, const float* added_scales, const T* weight,          \
                                     float epsilon, T* out, uint8_t* bytes, float* scales, long rows, long width) {    \
-    add_norm<T>(residual, added, added_scales, weight, epsilon, {out, bytes, scales}, rows, width);                   \
+    as_team(rows * width > kParallel, [&] {                                                                           \
+      add_norm<T>(residual, added, added_scales, weight, epsilon, {out, bytes, scales}, rows, width);                 \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void silu_multiply_##SUFFIX(const T* gate_up, const float* in_scales, T* out, uint8_t* bytes,            \
                                          float* scales, long rows, long width) {                                      \
-    silu_multiply<T>(gate_up, in_scales, {out, bytes, scales}, rows, width);                                          \
+    as_team(rows * width > kParallel,                                                                                 \
+            [&] { silu_multiply<T>(gate_up, in_scales, {out, bytes, scales}, rows, width); });                        \
   }                                                                                                                   \
   extern "C" void rotary_write_##SUFFIX(T* qkv, const float* scales, const T* bias, const T* cos, const T* sin,       \
                                         const T* query_norm, const T* key_norm, float epsilon, const int64_t* slots,  \
                                         T* keys, T* values, long tokens, long query_heads, long kv_heads, long dim,   \
                                         long block_tokens) {                                                          \
-    rotary_write<T>(qkv, scales, bias, cos, sin, query_norm, key_norm, epsilon, slots, keys, values, tokens,          \
-                    {query_heads, kv_heads, dim}, block_tokens);                                                      \
+    as_team(tokens * (query_heads + 2 * kv_heads) * dim > kParallel, [&] {                                            \
+      rotary_write<T>(qkv, scales, bias, cos, sin, query_norm, key_norm, epsilon, slots, keys, values, tokens,        \
+                      {query_heads, kv_heads, dim}, block_tokens);                                                    \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void attention_##SUFFIX(const T* query, long query_stride, T* out, const T* keys, const T* values,       \
-                                     const int32_t* tables, const int32_t* contexts, long table_stride,               \
-                                     long sequences, long tokens, long block_tokens, long window, long query_heads,   \
-                                     long kv_heads, long dim, float scaling, float softcap, const float* sinks) {     \
-    attention<T>({query, query_stride, out, keys, values, tables, contexts, table_stride, sequences, tokens,          \
-                  block_tokens, window, {query_heads, kv_heads, dim}, scaling, softcap, sinks});                      \
-  }
+                                     const int32_t* tables, const int32_t* contexts, long table_stride, long rows,    \
+                                     long tokens, long block_tokens, long window, long query_heads, long kv_heads,    \
+                                     long dim, float scaling, float softcap, const float* sinks) {                    \
+    std::vector<Span> spans;                                                                                          \
+    for (long row = 0; row < rows; ++row)                                                                             \
+      spans.push_back({row, row * tokens, row * tokens, tokens, contexts[row]});                                      \
+    Heads heads{query_heads, kv_heads, dim};                                                                          \
+    Tasks tasks = tasks_of(spans, heads, window);                                                                     \
+    std::vector<Partial<T>> parts = partials<T>(tasks, dim);                                                          \
+    as_team(rows * tokens * query_heads * *std::max_element(contexts, contexts + rows) > kParallel, [&] {             \
+      attention<T>({query, query_stride, out, keys, values, tables, table_stride, block_tokens, window, heads,        \
+                    scaling, softcap, sinks},                                                                         \
+                   tasks, parts);                                                                                     \
+    });                                                                                                               \
+  }                                                                                                                   \
+  extern "C" void run_stack_##SUFFIX(const Stack* stack, const Step* step) { run_stack<T>(*stack, *step); }
 
 EXPORT(float, float32)
 EXPORT(Bf16, bfloat16)

@@ -15,13 +15,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
 from models.attention import AttentionRules, Chunk, Reference, Step
+from models.huge_pages import Arena
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,30 @@ class Weights(NamedTuple):
     dtype: torch.dtype  # of what comes out
     scales: Tensor | None = None  # (out,) float32, for bytes
     shifts: Tensor | None = None  # (out,) int32, what `ZERO_POINT` adds to each sum of bytes
+
+    @property
+    def inputs(self) -> int:
+        """How wide a row is that it multiplies."""
+        value_bytes = self.dtype.itemsize if self.scales is None else 1
+        return self.words.shape[1] * self.words.itemsize // value_bytes
+
+    @property
+    def outputs(self) -> int:
+        """How wide the result is."""
+        return PANEL * len(self.words)
+
+    def as_c(self) -> "CLinear":
+        """As the compiled code reads it."""
+        return CLinear(*map(pointer, (self.words, self.bias, self.scales, self.shifts)), self.inputs, self.outputs)
+
+
+class CLinear(ctypes.Structure):
+    """`Linear` in cpu.cpp. Whoever holds it holds the tensors too."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "bias", "scales", "shifts")),
+        *((name, ctypes.c_long) for name in ("inputs", "outputs")),
+    )
 
 
 class Ops(Protocol):
@@ -142,21 +167,31 @@ class CompiledOps:
     def quantize(self, x: Tensor) -> Scaled:
         """See `Ops`."""
         out = _sink(x, x.shape[1], quantize=True)
-        self.call("quantize", x, out.values, out.scales, *x.shape)
+        self.call("quantize", x.dtype, x, out.values, out.scales, *x.shape)
         return out
 
     def add_norm(self, residual: Tensor, added: Scaled | None, norm: Norm, *, quantize: bool) -> Scaled:
         """See `Ops`."""
         out = _sink(residual, residual.shape[1], quantize=quantize)
         values, scales = added or (None, None)
-        self.call("add_norm", residual, values, scales, norm.weight, norm.epsilon, *_targets(out), *residual.shape)
+        self.call(
+            "add_norm",
+            residual.dtype,
+            residual,
+            values,
+            scales,
+            norm.weight,
+            norm.epsilon,
+            *_targets(out),
+            *residual.shape,
+        )
         return out
 
     def silu_multiply(self, gate_up: Scaled, *, quantize: bool) -> Scaled:
         """See `Ops`."""
         rows, width = gate_up.values.shape
         out = _sink(gate_up.values, width // 2, quantize=quantize)
-        self.call("silu_multiply", *gate_up, *_targets(out), rows, width // 2)
+        self.call("silu_multiply", gate_up.values.dtype, *gate_up, *_targets(out), rows, width // 2)
         return out
 
     def rotary_write(self, qkv: Scaled, how: Rotary, angles: Angles, step: Step, layer: int) -> Tensor:
@@ -165,43 +200,36 @@ class CompiledOps:
         epsilon = how.query_norm.epsilon if how.query_norm else 0.0
         pool, tokens = step.pool, len(qkv.values)
         self.call(
-            "rotary_write", *qkv, how.bias, *angles, *norms, epsilon, step.slots, pool.keys[layer],
+            "rotary_write", qkv.values.dtype, *qkv, how.bias, *angles, *norms, epsilon, step.slots, pool.keys[layer],
             pool.values[layer], tokens, how.heads, how.kv_heads, how.dim, pool.block_tokens,
         )  # fmt: skip
         return qkv.values.view(tokens, -1, how.dim)[:, : how.heads]
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether this CPU has instructions for products of this type (int8: of bytes)."""
-        name = {torch.bfloat16: "multiplies_bfloat16", torch.int8: "multiplies_int8"}.get(dtype)
-        return name is not None and bool(getattr(self._library, name)())
+        """Whether products of this type (int8: of bytes) are faster on this CPU than oneDNN's."""
+        if dtype == torch.int8:
+            return bool(self._library.multiplies_bytes())
+        return dtype in _NAMES and bool(self._library.multiplies_floats())
 
     def product(self, x: Scaled, weights: Weights) -> Tensor:
         """Rows (rows, in) times the weights, plus the bias: (rows, out)."""
-        (rows, inputs), outputs = x.values.shape, PANEL * len(weights.words)
-        out = torch.empty(rows, outputs, dtype=weights.dtype)
-        if weights.scales is None:
-            self.call("product", out, x.values, weights.words, weights.bias, rows, inputs, outputs)
-        else:
-            self.call(
-                "product_int8", out, x.values, x.scales, weights.words, weights.scales, weights.shifts, weights.bias,
-                rows, inputs, outputs,
-            )  # fmt: skip
+        out = torch.empty(len(x.values), weights.outputs, dtype=weights.dtype)
+        plain, scaled = ((None, *x) if weights.scales is not None else (x.values, None, None)), weights.as_c()
+        self.call("product", out.dtype, out, *plain, scaled, len(out))
         return out
 
-    def call(self, name: str, *arguments: Tensor | float | None) -> None:
-        """The function of that name for the first argument's type."""
-        first = arguments[0]
-        assert isinstance(first, Tensor)
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | ctypes.Structure | float | None) -> None:
+        """The function of that name for values of that type."""
         torch.get_num_threads()  # has torch set the thread count of this thread, which the compiled code shares
-        getattr(self._library, f"{name}_{_NAMES[first.dtype]}")(*map(_as_c, arguments))
+        getattr(self._library, f"{name}_{_NAMES[dtype]}")(*map(_as_c, arguments))
 
 
-def packed_weights(weight: Tensor, bias: Tensor | None, *, int8: bool) -> Weights:
+def packed_weights(weight: Tensor, bias: Tensor | None, arena: Arena, *, int8: bool) -> Weights:
     """A weight (out, in), out a multiple of 32 and in of 4. `int8`: symmetric, a scale for each output."""
     if not int8:
-        return Weights(_words(weight), bias, weight.dtype)
+        return Weights(_words(weight, arena), bias, weight.dtype)
     whole, scales = quantized_weight(weight)
-    return Weights(_words(whole), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
+    return Weights(_words(whole, arena), bias, weight.dtype, scales, ZERO_POINT * whole.sum(1, dtype=torch.int32))
 
 
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,17 +238,25 @@ def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
-def _words(weight: Tensor) -> Tensor:
+def _words(weight: Tensor, arena: Arena) -> Tensor:
     words = weight.contiguous().view(torch.int32)  # (out, in / values in a word)
-    return words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
+    panels = words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
+    return arena.zeros(panels.shape, torch.int32).copy_(panels)
 
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def _as_c(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_float | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where its values lie."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _as_c(value: Tensor | ctypes.Structure | float | None) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
     return None if value is None else ctypes.c_long(value)
@@ -264,7 +300,7 @@ class CpuKernels:
         keys, tables = step.pool.keys[layer], step.block_tables[rows.start :]
         sinks = None if rules.sinks is None else rules.sinks.float()
         self._ops.call(
-            "attention", query, query.stride(0), out, keys, step.pool.values[layer], tables,
+            "attention", query.dtype, query, query.stride(0), out, keys, step.pool.values[layer], tables,
             step.context_tokens[rows.start :], tables.stride(0), len(rows), len(query) // len(rows),
             step.pool.block_tokens, rules.sliding_window or 0, query.shape[1], keys.shape[1], query.shape[2],
             float(rules.scaling), float(rules.softcap or 0), sinks,

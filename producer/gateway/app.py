@@ -17,6 +17,7 @@ from producer.gateway.errors import json_reply
 from producer.gateway.metrics import Metered, Metrics, served
 from producer.gateway.service import opened
 from producer.gateway.sessions import Sessions
+from producer.gateway.shares import Shares
 
 _ROUTERS = (
     models.router,
@@ -35,6 +36,7 @@ _FORM_BYTES = 100_000
 def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
     """The gateway on this producer, which stays the caller's to close."""
     settings, keys = producer.settings, keys or Keys(producer.database)
+    file_bytes = settings.gateway_file_bytes + _FORM_BYTES
     sessions = Sessions(keys, str(producer.settings.secret))
 
     @asynccontextmanager
@@ -57,8 +59,9 @@ def create_app(producer: Producer, keys: Keys | None = None) -> FastAPI:
         Door,
         keys=keys,
         sessions=sessions,
+        shares=Shares(settings.gateway_tenant_requests, settings.gateway_body_bytes, file_bytes),
         body_bytes=settings.gateway_body_bytes,
-        file_bytes=settings.gateway_file_bytes + _FORM_BYTES,
+        file_bytes=file_bytes,
     )
     app.add_middleware(Metered, metrics=app.state.metrics)  # the outermost: it sees what the door turns away, too
     return app

@@ -15,7 +15,7 @@ from jobs.states import ApiBatchState
 from producer.gateway.document import BATCH_BODY, query
 from producer.gateway.errors import FINAL, ApiError, json_reply, not_found
 from producer.gateway.files import expiry_seconds, found_file, optional_name, page, unix
-from producer.gateway.intake import idempotency_key_of, json_object, limit_of, metadata_of, required, typed
+from producer.gateway.intake import idempotency_key_of, json_object, limit_of, metadata_of, required, typed, webhook_in
 from producer.gateway.names import BATCH, FILE, cursor_of, id_of, named
 from producer.gateway.service import Reader, Submitter, Visitor, in_thread
 from producer.openai.requests import ENDPOINTS
@@ -47,6 +47,8 @@ async def create(request: Request, visitor: Submitter) -> Response:
         output_seconds=seconds,
         idempotency_key=idempotency_key_of(request),
         models=visitor.key.models,
+        webhook=webhook_in(body),
+        key_id=None if visitor.key.quota_tokens_per_minute is None else visitor.key.id,
     )
     batch = await in_thread(work)
     visitor.gateway.runner.hurry()

@@ -13,7 +13,7 @@ from jobs.errors import HeadraceError, RequestInvalid
 from jobs.schema import Job, Usage
 from producer.gateway.document import CHAT_BODY, COMPLETION_BODY
 from producer.gateway.errors import ApiError, json_reply, of_job, translated
-from producer.gateway.intake import idempotency_key_of, json_object, typed
+from producer.gateway.intake import idempotency_key_of, json_object, typed, webhook_in
 from producer.gateway.running import PING, EventStream, Flight, Flights, Order, pieces_of, run
 from producer.gateway.service import Submitter, Visitor
 from producer.openai.chunks import Chunks
@@ -88,7 +88,8 @@ def _order(endpoint: str, body: dict[str, Any], form: _Form, key: str | None, in
     # What is echoed has log probabilities that are known at the end alone: it is told then, in one piece.
     if form.stream and not asked.request.echo:
         asked = replace(asked, request=asked.request.model_copy(update={"stream": True}))
-    return Order(endpoint, asked, idempotency_key=f"{key}#{index}" if key and index else key)
+    named = f"{key}#{index}" if key and index else key
+    return Order(endpoint, asked, idempotency_key=named, webhook=webhook_in(body))
 
 
 def _merged(answers: Sequence[Object]) -> Object:

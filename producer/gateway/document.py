@@ -77,6 +77,7 @@ _STREAMED = {"stream": _FLAG, "stream_options": _object(include_usage=_FLAG)}
 _LOGPROBS: Schema = _OF_REQUEST["logprobs"]
 _EXPIRY = _object("anchor seconds", anchor=_one_of("created_at"), seconds=_COUNT)
 _METADATA: Schema = _OF_REQUEST["metadata"]
+_WEBHOOK: Schema = _OF_REQUEST["webhook"]
 _ITEMS = _list(_MESSAGE, maxItems=20)
 
 # What each endpoint takes besides the fields of a request.
@@ -109,6 +110,7 @@ def _request(endpoint: str) -> Schema:
     route = ENDPOINTS[endpoint]
     fields = {"model": _OF_REQUEST["model"]} | dict.fromkeys(route.limits, _OF_REQUEST["max_tokens"])
     fields |= {name: _OF_REQUEST[name] for name in route.sampling}
+    fields["webhook"] = _WEBHOOK
     fields["stop"] = _either(_TEXT, _OF_REQUEST["stop"])
     return _object(f"model {route.prompt_name}", **fields | _OWN[endpoint])
 
@@ -125,6 +127,7 @@ BATCH_BODY = body(
         completion_window=_one_of("24h"),
         metadata=_METADATA,
         output_expires_after=_EXPIRY,
+        webhook=_WEBHOOK,
     )
 )
 FILE_BODY = body(

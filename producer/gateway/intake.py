@@ -8,6 +8,7 @@ import orjson
 from fastapi import Request
 
 from jobs.errors import RequestInvalid
+from jobs.schema import webhook_of
 from producer.gateway.errors import ApiError
 
 # Deeper than any schema of use; whatever walks over a body may recurse so far.
@@ -15,10 +16,12 @@ MAX_DEPTH = 100
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The body, which must be a JSON object. Raises RequestInvalid."""
+    """The body, which must be a JSON object. Raises RequestInvalid, ApiError."""
     raw = await request.body()
     if not raw:
         raise RequestInvalid("body", "is empty; a JSON object is expected", "invalid_json")
+    if caller := getattr(request.state, "caller", None):  # what somebody else may send is short
+        await request.app.state.gateway.screen.check_body(caller.tenant_id, raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -73,6 +76,12 @@ def idempotency_key_of(request: Request) -> str | None:
         message = f"Idempotency-Key: must have 1 to {MAX_KEY_CHARACTERS} characters"
         raise ApiError(400, message, code="invalid_value", param="Idempotency-Key")
     return key
+
+
+def webhook_in(body: dict[str, Any]) -> str | None:
+    """The body's `webhook`, a field of ours that OpenAI's API has not. Raises RequestInvalid."""
+    given = body.get("webhook")
+    return None if given is None else webhook_of(given)
 
 
 MAX_KEY_CHARACTERS = 200

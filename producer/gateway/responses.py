@@ -13,11 +13,12 @@ from fastapi import APIRouter, Request, Response
 from jobs.errors import HeadraceError, NotFound, RequestInvalid
 from jobs.schema import Call, Job, JobRequest, Message
 from jobs.states import State
+from producer.chains import said_up_to
 from producer.following import Ear
 from producer.gateway.conversations import found_conversation
 from producer.gateway.document import RESPONSE_BODY, query
 from producer.gateway.errors import ApiError, json_reply, not_found, translated
-from producer.gateway.intake import idempotency_key_of, json_object, limit_of, order_of, typed
+from producer.gateway.intake import idempotency_key_of, json_object, limit_of, order_of, typed, webhook_in
 from producer.gateway.names import RESPONSE, id_of
 from producer.gateway.running import PING, EventStream, Flights, Order, pieces_of, run
 from producer.gateway.service import Reader, Submitter, Visitor, in_thread
@@ -82,6 +83,7 @@ class _Context:
     messages: tuple[Message, ...] = ()  # of the response it goes on from
     previous: UUID | None = None
     conversation: str | None = None
+    open: bool = False  # that response has not ended: what was said up to it is put in later
 
 
 async def _order(visitor: Visitor, body: Mapping[str, Any], key: str | None) -> Order:
@@ -92,16 +94,17 @@ async def _order(visitor: Visitor, body: Mapping[str, Any], key: str | None) -> 
     stored = typed(given, "store", bool, _YES_NO)
     asked = translate(RESPONSES, {name: value for name, value in given.items() if name not in _GONE_ON_FROM})
     visitor.require_model(asked.request.model)
-    context = await _context(visitor, given)
+    context = await _context(visitor, given, background=background)
     own = len(asked.request.messages or ())
     call = Call(
         background=background,
         stored=stored is not False,
         previous=context.previous,
-        own_messages=own if context.messages else None,
+        own_messages=own if context.previous else None,
         echo=_echo(given),
     )
-    return Order(RESPONSES, _in_context(asked, context, stream=stream), call, key)
+    after = context.previous if context.open else None
+    return Order(RESPONSES, _in_context(asked, context, stream=stream), call, key, webhook_in(given), after)
 
 
 def _check_options(given: dict[str, Any], *, background: bool, stream: bool) -> None:
@@ -132,7 +135,7 @@ def _echo(given: Mapping[str, Any]) -> dict[str, Any]:
     return echoed | {"text": {"format": {"type": "text"}} | text} if isinstance(text, dict) else echoed
 
 
-async def _context(visitor: Visitor, given: dict[str, Any]) -> _Context:
+async def _context(visitor: Visitor, given: dict[str, Any], *, background: bool) -> _Context:
     conversation = given.get("conversation")
     if conversation is not None:
         name = conversation.get("id") if isinstance(conversation, dict) else conversation
@@ -143,10 +146,12 @@ async def _context(visitor: Visitor, given: dict[str, Any]) -> _Context:
     if previous is None:
         return _Context()
     try:
-        job, request = await _ended_parent(visitor, previous)
+        job, request = await _parent(visitor, previous, ended=not background)
     except ApiError:
         raise _no_previous(previous) from None
-    return _Context(await in_thread(_messages_up_to, visitor, job, request), previous=job.id)
+    if not job.state.final:
+        return _Context(previous=job.id, open=True)
+    return _Context(await in_thread(said_up_to, visitor.producer, job, request), previous=job.id)
 
 
 def _no_previous(name: str) -> ApiError:
@@ -158,35 +163,28 @@ def _no_previous(name: str) -> ApiError:
     )
 
 
-async def _ended_parent(visitor: Visitor, name: str) -> tuple[Job, JobRequest]:
-    """The response to go on from, once it has ended. Raises ApiError."""
+async def _parent(visitor: Visitor, name: str, *, ended: bool) -> tuple[Job, JobRequest]:
+    """The response to go on from; `ended`: once it has. Raises ApiError if nobody can go on from it."""
     response_id = id_of(RESPONSE, "response", name)
     job, request = await _found(visitor, response_id, name)
     if job.call is not None and not job.call.stored:
         raise not_found("response", name)
-    if not job.state.final:
+    if ended and not job.state.final:
+        visitor.turn.end()
         with visitor.gateway.follower.ear(response_id) as ear:
             await ear.end()
         job, request = await _found(visitor, response_id, name)
-    if job.state is not State.SUCCEEDED:
+    if job.state.final and job.state is not State.SUCCEEDED:
         raise not_found("response", name)
     return job, request
-
-
-def _messages_up_to(visitor: Visitor, job: Job, request: JobRequest) -> tuple[Message, ...]:
-    """Everything that was said up to this answer, it included."""
-    before: list[dict[str, str]] = []
-    if job.conversation is not None and job.turn is not None:
-        conversations = visitor.producer.conversations
-        before = [item.message for item in conversations.items(job.tenant_id, job.conversation, before_turn=job.turn)]
-    said = tuple(Message.model_validate(message) for message in before)
-    return (*said, *(request.messages or ()), Message(role="assistant", content=job.text))
 
 
 @router.post("/v1/responses/input_tokens", openapi_extra=RESPONSE_BODY)
 async def count_tokens(request: Request, visitor: Submitter) -> Response:
     """Count the tokens that a request would have."""
-    order = await _order(visitor, await json_object(request), None)
+    body = await json_object(request)
+    # Of one that goes on from a response that still runs, all is known once that has ended.
+    order = await _order(visitor, body | {"background": None}, None)
     counted = order.request
     if counted.conversation is not None:
         items = await in_thread(visitor.producer.conversations.items, visitor.tenant_id, counted.conversation)
@@ -230,6 +228,7 @@ async def cancel(name: str, visitor: Submitter) -> Response:
         return json_reply(response(job))
     job = await in_thread(visitor.producer.cancel, response_id)
     if not job.state.final:  # its worker stops it within a step
+        visitor.turn.end()
         with visitor.gateway.follower.ear(response_id) as ear:
             await ear.end()
         job, _ = await _found(visitor, response_id, name)

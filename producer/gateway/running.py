@@ -40,6 +40,8 @@ class Order:
     asked: Asked
     call: Call | None = None
     idempotency_key: str | None = None
+    webhook: str | None = None
+    after: UUID | None = None  # the job that it goes on from, if that has not ended
 
     @property
     def stays(self) -> bool:
@@ -49,8 +51,9 @@ class Order:
     @property
     def request(self) -> JobRequest:
         """What is to be run."""
-        request = self.asked.request
-        return request.model_copy(update={"idempotency_key": self.idempotency_key}) if self.idempotency_key else request
+        named = {"idempotency_key": self.idempotency_key, "webhook": self.webhook}
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.asked.request.model_copy(update=given) if given else self.asked.request
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Flights:
         """Submit all. Raises ApiError, RequestInvalid in the caller's terms, and what `Producer.submit` raises."""
         model = orders[0].request.model
         self._visitor.require_model(model)
+        for order in orders:
+            await self._screen(order)
         foreground = orders[0].call is None or not orders[0].call.background
         await self._visitor.gateway.admission.admit(model, foreground=foreground, jobs=len(orders))
         try:
@@ -82,7 +87,15 @@ class Flights:
         except BaseException:
             await self.close()
             raise
+        self._visitor.turn.end()
         return self._all
+
+    async def _screen(self, order: Order) -> None:
+        visitor = self._visitor
+        try:
+            await visitor.gateway.screen.check_structure(visitor.tenant_id, order.request)
+        except RequestInvalid as error:
+            raise renamed(error, order.asked.names) from None
 
     async def _start(self, order: Order) -> Flight:
         job_id = new_id()
@@ -107,7 +120,9 @@ class Flights:
 
     def _submit(self, order: Order, job_id: UUID) -> Job:
         try:
-            return self._visitor.producer.submit(order.request, job_id=job_id, endpoint=order.endpoint, call=order.call)
+            return self._visitor.producer.submit(
+                order.request, job_id=job_id, endpoint=order.endpoint, call=order.call, after=order.after
+            )
         except RequestInvalid as error:
             raise renamed(error, order.asked.names) from None
 

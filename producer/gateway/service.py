@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -15,11 +15,15 @@ from jobs.errors import ModelUnknown
 from jobs.keys import ApiKey, Role
 from jobs.schema import JobRequest
 from producer.batch_runs import BatchRunner
+from producer.chains import Chains
 from producer.client import Producer
 from producer.following import Follower
 from producer.gateway.admission import Admission
+from producer.gateway.screening import Screen
 from producer.gateway.sessions import Sessions
+from producer.gateway.shares import Turn, threads_of_caller
 from producer.validation import catalog_of
+from producer.webhook_sender import WebhookSender
 
 T = TypeVar("T")
 
@@ -33,6 +37,7 @@ class Gateway:
     admission: Admission
     runner: BatchRunner
     sessions: Sessions
+    screen: Screen
     configured: frozenset[str]  # names of models that have a table, or come with us
 
     def models(self) -> list[str]:
@@ -46,15 +51,20 @@ async def opened(producer: Producer, sessions: Sessions) -> AsyncIterator[Gatewa
     admission = Admission(producer)
     configured = frozenset(catalog_of(producer.settings).names())
     runner = BatchRunner(producer, lambda model: model in configured or model in admission.served)
-    async with Follower(producer) as follower:
-        looking = asyncio.create_task(admission.run())
+    async with Follower(producer) as follower, Screen() as screen:
+        tasks = [asyncio.create_task(work) for work in _tasks(producer, admission)]
         runner.start()
         try:
-            yield Gateway(producer, follower, admission, runner, sessions, configured)
+            yield Gateway(producer, follower, admission, runner, sessions, screen, configured)
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await run_sync(runner.close)
+
+
+def _tasks(producer: Producer, admission: Admission) -> list[Coroutine[Any, Any, None]]:
+    return [admission.run(), WebhookSender(producer).run(), Chains(producer).run()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,7 @@ class Visitor:
     gateway: Gateway
     key: ApiKey
     producer: Producer  # for the key's tenant, within its models and quota
+    turn: Turn  # ended before anything is waited for but our own servers
 
     @property
     def tenant_id(self) -> str:
@@ -91,7 +102,7 @@ def visitor_with(role: Role) -> Callable[..., Any]:
     async def visit(request: Request) -> Visitor:
         gateway, key = request.app.state.gateway, request.state.caller
         key.require(role)
-        return Visitor(gateway, key, gateway.producer.for_key(key))
+        return Visitor(gateway, key, gateway.producer.for_key(key), request.state.turn)
 
     return visit
 
@@ -103,5 +114,6 @@ Reader = Annotated[Visitor, MAY_READ]
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """What waits for Postgres or Redis, or counts tokens: not in the loop."""
-    return await run_sync(work, *arguments)
+    """What waits for Postgres or Redis, or counts tokens: not in the loop. It is within the share of whoever asks."""
+    async with threads_of_caller():
+        return await run_sync(work, *arguments)

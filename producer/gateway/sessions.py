@@ -11,7 +11,7 @@ import time
 from http.cookies import CookieError, SimpleCookie
 
 from jobs.errors import Unauthorized
-from jobs.keys import ApiKey, Keys, digest_of
+from jobs.keys import Keys, digest_of
 from jobs.signing import Purpose, Signer
 
 COOKIE = "headrace_session"
@@ -33,13 +33,13 @@ class Sessions:
         told = f"{digest_of(key_secret).hex()}{_SEPARATOR}{int(time.time()) + _SECONDS}"
         return f"{told}{_SEPARATOR}{self._signer.sign('session', told)}"
 
-    def key_of(self, session: str) -> ApiKey:
-        """The key that it stands for. Raises Unauthorized."""
+    def digest_in(self, session: str) -> bytes:
+        """The digest of the key that it stands for, if that is still one. Raises Unauthorized."""
         told, _, signature = session.rpartition(_SEPARATOR)
         digest, _, until = told.partition(_SEPARATOR)
         if not self._signer.knows(signature, "session", told) or int(until) < time.time():
             raise Unauthorized("no such session, or it is over")
-        return self._keys.by_digest(bytes.fromhex(digest))
+        return bytes.fromhex(digest)
 
     def csrf_of(self, session: str) -> str:
         """The second word of this session."""

@@ -40,6 +40,8 @@ def batch_line(fields: Mapping[str, Any]) -> BatchLine:
         raise RequestInvalid("url", f"{shown} is none of {', '.join(ENDPOINTS)}", "invalid_url")
     if not isinstance(fields["body"], dict):
         raise RequestInvalid("body", "must be an object", "invalid_type")
+    if fields["body"].get("webhook") is not None:
+        raise RequestInvalid("webhook", "is for the batch as a whole, not for one of its requests")
     return BatchLine(fields["url"], fields["body"])
 
 

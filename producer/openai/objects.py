@@ -43,7 +43,7 @@ def text_completion(job: Answered) -> Object:
 
 def response(job: Answered) -> Object:
     """A Response. What it repeats of its request is known if it came over the API by itself."""
-    status = _response_status(job)
+    status = response_status(job)
     call = job.call or Call()
     return {
         "id": f"resp_{job.id.hex}",
@@ -183,7 +183,7 @@ def _response_usage(usage: Usage) -> Object:
     }
 
 
-def _response_status(job: Answered) -> str:
+def response_status(job: Answered) -> str:
     if job.state is State.SUCCEEDED and finish_reason(job.choices[0]) == "length":
         return "incomplete"
     return _STATUS[job.state]

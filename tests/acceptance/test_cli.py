@@ -12,6 +12,7 @@ import pytest
 
 from jobs.home import Home
 from kit.commands import Background, Done, User, user
+from kit.waiting import wait_until
 
 # `slow` takes a tenth of a second for a character; `other` is the echo engine under a name that nobody serves.
 CONFIG = """
@@ -307,6 +308,31 @@ def _write(one: User, name: str, lines: list[Any]) -> str:
 
 def _read(one: User, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(one.folder / name).read_text().splitlines()]
+
+
+# == webhooks ====================================================================================================
+
+
+def test_an_end_that_cannot_be_told_is_listed_and_tried_again(ann: User) -> None:
+    """A private address is refused by the stack's gateway; the secret is shown again, and changed."""
+    done = ann.call("submit", "hello", "--model", "echo", "--webhook", "http://127.0.0.1:9/", "--wait", "--json")
+    job_id = done.json["id"]
+
+    def refused() -> Any:
+        [listed] = ann.call("webhooks", "list", "--state", "waiting", "--json").json["webhooks"]
+        return listed if listed["error"] else None
+
+    listed = wait_until(refused, 60, "the gateway has tried")
+    assert (listed["job_id"], listed["tenant_id"], listed["state"]) == (job_id, "local", "waiting")
+    assert "not public" in listed["error"]
+    assert job_id in ann.call("webhooks", "list", "--tenant", "local").out
+    assert ann.call("webhooks", "retry", listed["id"], "--json").json == {"retried": 1}
+    assert ann.call("webhooks", "retry", "--tenant", "nobody").out == "0 to be tried again\n"
+    secret = ann.call("webhooks", "secret", "--tenant", "local", "--json").json["secret"]
+    assert ann.call("webhooks", "secret", "--tenant", "local").out == f"{secret}\n"
+    rotated = ann.call("webhooks", "secret", "--tenant", "local", "--rotate").out.strip()
+    assert rotated.startswith("whsec_")
+    assert rotated != secret
 
 
 # == keys, purge =================================================================================================

@@ -23,7 +23,7 @@ WAITING_FOR_A_LOCK = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
 # In this order: what refers to a row goes before it, and the rest goes with it.
-_TABLES = ("jobs", "batches", "workers", "ledger", "conversations", "api_keys")
+_TABLES = ("jobs", "batches", "workers", "ledger", "conversations", "api_keys", "webhook_secrets")
 
 
 def request_of(**fields: Any) -> JobRequest:
@@ -51,6 +51,7 @@ def settlement(claim: Claim, outcome: str = "succeeded", *, busy_seconds: float 
         "usage": Usage(prompt_tokens=3, completion_tokens=2) if ok else Usage(),
         "timings": Timings(busy_seconds=busy_seconds),
         "metered": claim.metered,
+        "awaited": claim.awaited,
     }
     return Settlement(claim.id, claim.token, AttemptOutcome(outcome), **(defaults | fields))
 

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
+from jobs.settings import Settings
 from producer.gateway.app import create_app
 from producer.openai.requests import ENDPOINTS
 
@@ -15,7 +16,9 @@ from producer.openai.requests import ENDPOINTS
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """Of an application that serves nobody."""
-    settings = SimpleNamespace(secret="s" * 40, gateway_body_bytes=1, gateway_file_bytes=1)
+    settings = Settings.load(
+        database_url="postgresql://nobody@localhost/none", broker_url="redis://localhost", secret="s" * 40
+    )
     return create_app(SimpleNamespace(database=None, settings=settings)).openapi()  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from kit.gateways import RunningGateway, gateway_on
+from kit.receivers import LOOPBACK
 from kit.systems import System, system_on
 
 # A token takes long enough to be caught in the act.
@@ -22,7 +23,8 @@ MODELS = {"slow": SLOW, "idle": IDLE}
 def system(servers: Any, database_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Workers for echo, a slow echo, and tiny-chat."""
     folder = tmp_path_factory.mktemp("gateway")
-    with system_on(servers, database_template, folder, models=MODELS, gateway_body_bytes=1_000_000) as one:
+    changes = {"models": MODELS, "gateway_body_bytes": 1_000_000, "gateway_webhook_networks": LOOPBACK}
+    with system_on(servers, database_template, folder, **changes) as one:
         workers = [one.launch(model) for model in ("echo", "slow", "tiny-chat")]
         for worker in workers:
             worker.await_ready()

@@ -289,6 +289,58 @@ def test_a_key_for_some_models_alone(gateway: RunningGateway) -> None:
     assert [one["response"]["status_code"] for one in lines_of(client, done.error_file_id)] == [404]
 
 
+def metered(number: int, model: str, max_tokens: int = 40) -> dict[str, Any]:
+    """Of 100 tokens a minute, two of these can be had."""
+    return line(f"m{number}", url="/v1/completions", model=model, max_tokens=max_tokens)
+
+
+def test_a_keys_quota_holds_for_its_batches(gateway: RunningGateway, system: System) -> None:
+    """Lines come in as there is room for them, minute by minute; one that no minute has room for is refused."""
+    key, secret = gateway.key(quota_tokens_per_minute=100)
+    client, tables = gateway.client(secret=secret), system.tables
+    lines = [metered(0, "idle", 100), *[metered(number, "idle") for number in range(1, 6)]]
+    made = begin(client, upload(client, *lines), "/v1/completions")
+    batch_id = made.id.removeprefix("batch_")
+    taken = "SELECT count(*) FROM jobs WHERE batch_id = %s AND reserved_tokens IS NOT NULL"
+    for rows in (2, 4, 5):
+        wait_until(lambda rows=rows: tables.value(taken, batch_id) == rows, PATIENCE_SECONDS, f"{rows} lines are in")
+        assert tables.value("SELECT used_tokens FROM quotas WHERE key_id = %s", key.id) <= 100
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="echo", prompt="Hello", max_tokens=60)
+        tables.execute("UPDATE quotas SET minute_began_at = minute_began_at - interval '1 minute'")
+        tables.execute("UPDATE api_batches SET runner_until = now() WHERE id = %s", batch_id)
+    assert client.batches.retrieve(made.id).status == "in_progress"
+    client.batches.cancel(made.id)
+    codes = {one["custom_id"]: one for one in lines_of(client, ended(client, made).error_file_id)}
+    assert codes.pop("m0")["response"]["body"]["error"]["code"] == "tokens_above_quota"
+    assert {one["error"]["code"] for one in codes.values()} == {"batch_cancelled"}
+    assert len(codes) == 5
+
+
+def test_what_a_batch_does_not_use_makes_room_for_its_rest(gateway: RunningGateway) -> None:
+    """Three lines that may take more than a minute's tokens, and take few."""
+    client = gateway.client(secret=gateway.key(quota_tokens_per_minute=100)[1])
+    done = ended(client, begin(client, upload(client, *[metered(n, "echo") for n in range(3)]), "/v1/completions"))
+    assert (done.status, done.request_counts.completed) == ("completed", 3)
+
+
+def test_what_no_minute_had_room_for_expires(gateway: RunningGateway, system: System) -> None:
+    """Lines that were not in when the batch's time was over are told as those that were."""
+    client, tables = gateway.client(secret=gateway.key(quota_tokens_per_minute=100)[1]), system.tables
+    made = begin(client, upload(client, *[metered(n, "idle") for n in range(5)]), "/v1/completions")
+    batch_id = made.id.removeprefix("batch_")
+    waiting = "SELECT count(*) FROM jobs WHERE batch_id = %s"
+    wait_until(lambda: tables.value(waiting, batch_id) == 2, PATIENCE_SECONDS, "what there is room for is in")
+    tables.execute("UPDATE jobs SET deadline_at = now() WHERE batch_id = %s", batch_id)
+    over = "UPDATE api_batches SET expires_at = now() - interval '1 minute', runner_until = now() WHERE id = %s"
+    tables.execute(over, batch_id)
+    done = ended(client, made)
+    assert (done.status, done.request_counts.failed) == ("expired", 5)
+    errors = lines_of(client, done.error_file_id)
+    assert {one["custom_id"] for one in errors} == {f"m{number}" for number in range(5)}
+    assert {one["error"]["code"] for one in errors} == {"batch_expired"}
+
+
 def test_another_tenants_file_and_batch(client: openai.OpenAI, stranger: openai.OpenAI) -> None:
     """Are unknown ones, to the letter."""
     file_id = upload(client, line("a"))

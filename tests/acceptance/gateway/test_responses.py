@@ -146,6 +146,72 @@ def test_going_on_from_one_that_still_runs(client: openai.OpenAI) -> None:
     assert client.responses.retrieve(first.id).status == "completed"
 
 
+LONG = "word " * 20  # takes the slow model two seconds
+
+
+def begin(client: openai.OpenAI, model: str, text: str, previous: Any = None, **fields: Any) -> Any:
+    """In the background, at once, whatever the one before does."""
+    after = {} if previous is None else {"previous_response_id": previous.id}
+    return client.responses.create(model=model, input=text, background=True, **after, **fields)
+
+
+def test_in_the_background_one_goes_on_from_what_still_runs(client: openai.OpenAI) -> None:
+    """It is there at once and waits, others behind it; each then sees what it would have seen had it come later."""
+    first = begin(client, "slow", f"My name is Ann. {LONG}")
+    second = begin(client, "echo", "And yours?", first)
+    third, branch = (begin(client, "tiny-chat", text, second) for text in ("What is my name?", "What is 12 + 30?"))
+    assert client.responses.retrieve(first.id).status in {"queued", "in_progress"}
+    assert {client.responses.retrieve(one.id).status for one in (second, third, branch)} == {"queued"}
+    explicit: Any = [
+        {"role": "user", "content": f"My name is Ann. {LONG}"},
+        {"role": "assistant", "content": ended(client, first.id).output_text},
+        {"role": "user", "content": "And yours?"},
+        {"role": "assistant", "content": ended(client, second.id).output_text},
+    ]
+    for one, text in ((third, "What is my name?"), (branch, "What is 12 + 30?")):
+        whole = client.responses.create(model="tiny-chat", input=[*explicit, {"role": "user", "content": text}])
+        chained = ended(client, one.id)
+        assert (chained.status, chained.output_text) == ("completed", whole.output_text)
+        assert chained.usage.input_tokens == whole.usage.input_tokens  # type: ignore[union-attr]
+        [item] = client.responses.input_items.list(one.id).data
+        assert item.content[0].text == text  # type: ignore[union-attr]
+
+
+def test_what_has_nothing_to_go_on_from_fails(client: openai.OpenAI) -> None:
+    """The one before was cancelled; so was, at once, what waited behind that."""
+    first = begin(client, "slow", LONG)
+    second = begin(client, "echo", "on", first)
+    third, cancelled = begin(client, "echo", "on", second), begin(client, "echo", "on", second)
+    assert client.responses.cancel(cancelled.id).status == "cancelled"
+    client.responses.cancel(first.id)
+    for one in (second, third):
+        failed = ended(client, one.id)
+        assert failed.status == "failed"
+        assert failed.error.message.startswith("previous_response_not_found")
+    with pytest.raises(openai.BadRequestError):
+        begin(client, "echo", "on", second)
+
+
+def test_what_waits_for_another_can_be_streamed(client: openai.OpenAI) -> None:
+    """It is queued, and told when it comes."""
+    first = begin(client, "slow", LONG)
+    events = list(begin(client, "echo", "three", first, stream=True))
+    assert events[0].response.status == "queued"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "three"
+    assert events[-1].type == "response.completed"
+
+
+def test_what_waits_for_another_can_be_repeated(gateway: RunningGateway) -> None:
+    """The same name is the same response, before and after; a key with a quota has it reserved."""
+    client = gateway.client(secret=gateway.key(quota_tokens_per_minute=100_000)[1])
+    first = begin(client, "slow", LONG)
+    name = {"Idempotency-Key": "on from there"}
+    made = begin(client, "echo", "on", first, extra_headers=name)
+    assert begin(client, "echo", "on", first, extra_headers=name).id == made.id
+    assert ended(client, made.id).output_text == "on"
+    assert begin(client, "echo", "on", first, extra_headers=name).id == made.id
+
+
 def test_input_tokens_are_those_of_the_usage(client: openai.OpenAI) -> None:
     """Counted before, they are what will be counted."""
     first = client.responses.create(model="tiny-chat", input="My name is Ann.")

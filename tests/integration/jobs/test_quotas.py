@@ -97,6 +97,26 @@ def test_keys_have_quotas_of_their_own(database: Database, quotas: Quotas, key: 
     quotas.reserve(other, 10)
 
 
+def test_of_several_the_first_that_fit_are_reserved(quotas: Quotas, key: ApiKey, tables: Tables) -> None:
+    """As many as there is room for, none of them in part; the rest in the next minute."""
+    assert quotas.reserve_first(key.id, "acme", [4, 4, 1, 4]) == 3
+    assert quotas.reserve_first(key.id, "acme", [2, 1]) == 0
+    assert quotas.reserve_first(key.id, "acme", []) == 0
+    assert used(tables, key) == 9
+    let_pass(tables, key, 60)
+    assert quotas.reserve_first(key.id, "acme", [4, 6, 1]) == 2
+    assert used(tables, key) == 10
+
+
+def test_of_several_at_once_no_more_than_fit_are_reserved(
+    contract_url: str, database: Database, key: ApiKey, tables: Tables
+) -> None:
+    """Whoever comes at the same time sees what the others took."""
+    with closing(Database(contract_url, wait_seconds=60, pool_size=10)) as wide:
+        reserved = all_at_once([lambda: Quotas(wide).reserve_first(key.id, "acme", [1, 1, 1])] * 30)
+    assert sum(reserved) == used(tables, key) == 10
+
+
 # -- settled ----------------------------------------------------------------------------------------------------------
 
 

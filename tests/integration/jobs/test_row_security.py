@@ -26,6 +26,7 @@ from jobs.signing import Purpose, Signer
 from jobs.states import State
 from jobs.store import Store
 from jobs.tables import metadata
+from jobs.webhooks import Webhooks
 from kit.contract import Tables, Worker, accept, request_of, turn_of
 from kit.databases import SECRET, connect
 
@@ -74,7 +75,9 @@ def everything(database: Database, worker: Worker) -> dict[str, dict[str, Any]]:
 
 def fill(database: Database, worker: Worker, tenant: str) -> dict[str, Any]:
     store, batches = Store(database), Batches(database, tenant)
-    ended = accept(store, request_of(prompt=f"the secret of {tenant}"), tenant=tenant)
+    ended = accept(
+        store, request_of(prompt=f"the secret of {tenant}", webhook=f"https://{tenant}.example/"), tenant=tenant
+    )
     worker.run(ended)
     turn = accept(store, turn_of("talk"), tenant=tenant)
     waiting = accept(store, tenant=tenant)
@@ -90,6 +93,7 @@ def fill(database: Database, worker: Worker, tenant: str) -> dict[str, Any]:
     files.finish(file_id, tenant, 1)
     ApiBatches(database).create(new_id(), tenant, endpoint="/v1/responses", input_file_id=file_id, metadata={})
     Conversations(database).create(tenant, "by hand", {}, [Item("msg_1", "user", f"the secret of {tenant}")])
+    Webhooks(database, SECRET).rotate(tenant)
     key, secret = Keys(database).create(tenant, quota_tokens_per_minute=10)
     return {
         "job": waiting,
@@ -206,6 +210,8 @@ HOSTAGES = {
     "payloads": "INSERT INTO payloads (job_id, tenant_id, request, digest) VALUES (%s, 'acme', '{}', '')",
     "attempts": "INSERT INTO attempts (token, job_id, tenant_id, worker_id)"
     " VALUES (gen_random_uuid(), %s, 'acme', gen_random_uuid())",
+    "webhook_deliveries": "INSERT INTO webhook_deliveries (id, tenant_id, job_id, url)"
+    " VALUES (gen_random_uuid(), 'acme', %s, 'https://acme.example/')",
 }
 
 

@@ -272,6 +272,7 @@ OTHERS: dict[str, Any] = {
     "deadline_seconds": 1.0,
     "priority": 0,
     "metadata": {"a": "b"},
+    "webhook": "https://a.example/",
 }
 
 

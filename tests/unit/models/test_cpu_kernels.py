@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
 from models.attention import AttentionRules, Chunk, Reference, Step, as_tables
+from models.huge_pages import Arena
 from models.kernels import cpu
 from models.kernels.cpu import CompiledOps, CpuKernels, Norm, Rotary, Scaled, TorchOps
 from models.kv_pool import KVPool, LayerShape
@@ -92,19 +93,29 @@ def test_products_equal_torchs(ops: CompiledOps, dtype: torch.dtype, inputs: int
     """Any number of rows, with a bias and without."""
     x, weight = torch.randn(rows, inputs).to(dtype), (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
     for bias in (None, torch.randn(outputs).to(dtype)):
-        made = ops.product(Scaled(x), cpu.packed_weights(weight, bias, int8=False))
+        made = ops.product(Scaled(x), cpu.packed_weights(weight, bias, Arena(), int8=False))
         equal(made, F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype))
 
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_layer_keeps_the_shape_of_what_comes_before(ops: CompiledOps, *, int8: bool) -> None:
     """Several dimensions, a part of a larger tensor, and no rows: a step that only prefills asks for no logits."""
-    layer = Own(torch.randn(64, 32).bfloat16(), None, ops, int8=int8)
+    layer = Own(torch.randn(64, 32).bfloat16(), None, ops, Arena(), int8=int8)
     x = torch.randn(2, 5, 64).bfloat16()[:, :, ::2]
     whole = layer(x)
     assert whole.shape == (2, 5, 64)
     assert torch.equal(layer(x[1:, 2:4]), whole[1:, 2:4])
     assert layer(x[:1, :0]).shape == (1, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_what_it_is_whoever_is_beside_it(ops: CompiledOps, dtype: torch.dtype) -> None:
+    """Few rows and many go different ways through a product; a row comes out of each with the same bits."""
+    weights = cpu.packed_weights(torch.randn(96, 208).to(dtype), torch.randn(96).to(dtype), Arena(), int8=False)
+    rows = torch.randn(60, 208).to(dtype)
+    together = ops.product(Scaled(rows), weights)
+    alone = torch.cat([ops.product(Scaled(row[None].contiguous()), weights) for row in rows])
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +125,7 @@ def test_products_of_bytes_are_exact(ops: CompiledOps, dtype: torch.dtype, rows:
     x, weight, bias = torch.randn(rows, 112).to(dtype), torch.randn(64, 112).to(dtype), torch.randn(64).to(dtype)
     weight[0], x[0] = 3.0, 2.0
     weight[1] = -3.0
-    packed = cpu.packed_weights(weight, bias, int8=True)
+    packed = cpu.packed_weights(weight, bias, Arena(), int8=True)
     assert packed.scales is not None
     whole = (weight.float() / packed.scales[:, None]).round().double()
     bytes_of = ops.quantize(x)
@@ -125,6 +136,18 @@ def test_products_of_bytes_are_exact(ops: CompiledOps, dtype: torch.dtype, rows:
         ops.product(bytes_of, packed), wanted.to(dtype), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-5
     )
     assert whole[0].unique().tolist() == [127.0]
+
+
+def test_an_arenas_tensors_are_zero_aligned_and_apart() -> None:
+    """Of any size and type, more than one chunk of them; and they outlive the arena."""
+    arena = Arena()
+    made = [arena.zeros((size, 3), dtype) for size in (1, 7, 5 << 20, 0) for dtype in (torch.uint8, torch.float32)]
+    del arena
+    for number, tensor in enumerate(made):
+        assert tensor.data_ptr() % 64 == 0 or not len(tensor)
+        assert not tensor.any()
+        tensor.fill_(number + 1)
+    assert all((tensor == number + 1).all() for number, tensor in enumerate(made))
 
 
 def pool_of(  # noqa: PLR0917

@@ -14,11 +14,12 @@ from models import fused
 from models.attention import Reference
 from models.catalog import ModelSpec
 from models.engine import load_engine
-from models.fused import Stack, prepare_for_cpu
+from models.fused import prepare_for_cpu
 from models.kernels.cpu import CompiledOps, CpuKernels, Ops, TorchOps, compiled
 from models.linears import Int8, Own, Packed, Part, Plain
 from models.loading import load_model
 from models.protocol import ModelLoadError
+from models.stack import Stack
 
 Load = Callable[..., tuple[Path, Any]]
 TORCH = TorchOps()
@@ -82,6 +83,31 @@ def test_logits_equal_the_untouched_models(
         engine._model.set_attn_implementation("headrace")
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits_of(engine, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("quantization", ["none", "int8-onednn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_call_for_all_layers_gives_every_bit_of_single_operations(  # noqa: PLR0917
+    architecture: str, dtype: str, quantization: str, threads: int, tiny_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks and single tokens, fresh and continued, by one thread or two; and that call is what runs."""
+    monkeypatch.setattr(CompiledOps, "multiplies", lambda *_: True)
+    folder, _ = tiny_model(architecture, **ARCHITECTURES[architecture])
+    engine = engine_of(folder, ops_of("compiled"), monkeypatch, dtype=dtype, quantization=quantization)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        made = logits_of(engine, list(range(3, 78)))
+        with monkeypatch.context() as single:
+            single.setattr(engine._model.base_model.forward, "_compiled", None)
+            wanted = logits_of(engine, list(range(3, 78)))
+        monkeypatch.setattr(Stack, "_by_operation", None)
+        assert torch.equal(made, wanted)
+        assert torch.equal(logits_of(engine, list(range(3, 78))), wanted)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("ops", ["torch", "compiled"])

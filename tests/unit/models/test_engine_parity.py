@@ -13,8 +13,10 @@ import torch
 from models.attention import Reference
 from models.catalog import ModelSpec
 from models.engine import load_engine
-from models.fused import Stack
+from models.kernels import cpu
+from models.kernels.cpu import CompiledOps
 from models.protocol import Ended, Event, GenerationRequest
+from models.stack import Stack
 from models.transformers_engine import TransformersEngine
 
 Ask = Callable[..., GenerationRequest]
@@ -75,16 +77,45 @@ def test_equals_generate_under_everything_at_once(
     assert mismatches == ties
 
 
+@pytest.mark.parametrize("architecture", FUSED)
+@pytest.mark.parametrize("quantization", ["none", "int8-onednn"])
+def test_one_call_for_all_layers_answers_as_single_operations_do(
+    architecture: str,
+    quantization: str,
+    tiny_model: Callable[..., tuple[Path, Any]],
+    ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bfloat16, under all of the above: every answer, token by token."""
+    if cpu.compiled() is None:
+        pytest.skip("nothing can be compiled here")
+    monkeypatch.setattr(CompiledOps, "multiplies", lambda *_: True)
+    folder, model = tiny_model(architecture, **FUSED[architecture])
+    answers = []
+    for single in (False, True):
+        engine = small_engine(folder, model, dtype="bfloat16", quantization=quantization)
+        stack = engine._model.base_model.forward
+        assert isinstance(stack, Stack)
+        assert stack._compiled is not None
+        monkeypatch.setattr(stack, "_compiled" if single else "_by_operation", None)
+        ended = serve(engine, ask, wanted := requests())
+        assert engine._scheduler.preemptions > 0
+        answers.append([ended[request_id].choices[0].token_ids for request_id in wanted])
+    assert answers[0] == answers[1]
+
+
 def _is_fused(engine: TransformersEngine) -> bool:
     return isinstance(engine._model.base_model.forward, Stack)
 
 
-def small_engine(folder: Path, model: Any, device: str = "cpu") -> TransformersEngine:
+def small_engine(folder: Path, model: Any, device: str = "cpu", **settings: Any) -> TransformersEngine:
     """Five slots, a pool too small for them, and steps of 24 tokens."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 4
-    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=(POOL_BLOCKS + 1) * 16 * token_bytes)
+    value_bytes = 2 if settings.get("dtype") == "bfloat16" else 4
+    token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * value_bytes
+    memory = (POOL_BLOCKS + 1) * 16 * token_bytes
+    spec = ModelSpec(name="tiny", path=str(folder), slots=5, kv_memory_bytes=memory, **settings)
     engine = load_engine(spec, device)
     assert isinstance(engine, TransformersEngine)
     assert engine._blocks.blocks == POOL_BLOCKS

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["catalog", "prompt", "protocol", "client", "wire", "echo", "server"])
+@pytest.mark.parametrize("module", ["catalog", "prompt", "protocol", "client", "wire", "echo", "server", "screening"])
 def test_no_torch_without_a_model(module: str) -> None:
     """Everything but the engine of real models loads neither torch nor transformers."""
     assert loaded_by(f"models.{module}", "torch", "transformers", "celery", "sqlalchemy") == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,3 +251,28 @@ def test_the_bytes_of_sentence_pieces(tokenizer_folder: Callable[..., Path]) -> 
     folder = tokenizer_folder(**{"tokenizer.json": tokenizer.to_str()})
     form = load_prompt_format(ModelSpec(name="tiny", path=str(folder)))
     assert [form.token_bytes(token) for token in range(3)] == [b" a", b"\xc3", "é".encode()]
+
+
+def test_a_long_prompt_leaves_other_threads_their_turns(tokenizer_folder: Callable[..., Path]) -> None:
+    """Whoever serves others beside it goes on meanwhile."""
+    form = load_prompt_format(ModelSpec(name="tiny", path=str(tokenizer_folder())))
+    rounds, over = 0, threading.Event()
+
+    def serve_others() -> None:
+        nonlocal rounds
+        while not over.wait(0.0001):
+            rounds += 1
+
+    other = threading.Thread(target=serve_others)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1_000)  # no thread is interrupted: another runs only if the lock is given away
+    try:
+        other.start()
+        before = rounds
+        form.encode_text("word " * 50_000)
+        during = rounds - before
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        other.join()
+    assert during > 0

@@ -132,12 +132,15 @@ def test_the_youngest_gives_way_and_ends_all_the_same() -> None:
 
 
 def test_the_budget_follows_the_time_a_step_takes() -> None:
-    """Slow steps make it smaller, quick full ones larger; after a lack of memory it never returns to where it was."""
+    """Slow steps make it smaller, quick full ones larger, at once; after a lack of memory it stays below for good."""
     budget = StepBudget(128, 512, target_seconds=0.4)
     budget.observe(128, 0.8)
     assert budget.tokens == 64
-    for _ in range(40):
-        budget.observe(budget.tokens, 0.1)
+    budget.observe(64, 0.2)
+    assert budget.tokens == 115
+    budget.observe(100, 0.1)  # it was not full, so it says nothing
+    assert budget.tokens == 115
+    budget.observe(115, 0.05)
     assert budget.tokens == 512
     assert budget.halve()
     budget.observe(budget.tokens, 0.1)
