@@ -7,6 +7,7 @@ tenant it acts, and proves it. Every other one is trusted, and says nothing.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -77,9 +78,9 @@ _NOBODY = _Tenant()
 class Database:
     """Three small pools on one Postgres: for transactions, for single statements, and for `relaxed` ones.
 
-    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure; so are
-    all that idle, which stood as long: else each would cost that wait anew. Postgres gives a client up that is silent
-    for `idle_seconds` in a transaction.
+    A connection on which no answer comes within `answer_seconds` is given up, and that is a transient failure. None
+    that stood before is used again: each would cost that wait anew. Postgres gives a client up that is silent for
+    `idle_seconds` in a transaction.
 
     Relaxed commits do not wait for the disk. They are for what a crash of Postgres may undo harmlessly: claims (the
     token guards them), leases and bookkeeping of messages.
@@ -100,8 +101,9 @@ class Database:
         self._signer = signer
         self._tenant = _NOBODY
         self.wait_seconds = wait_seconds
-        patience = _Patience(answer_seconds, self.close)
-        make = partial(_engine, url, wait_seconds=wait_seconds, pool_size=pool_size, patience=patience)
+        make = partial(
+            _engine, url, wait_seconds=wait_seconds, pool_size=pool_size, peer=_Peer(answer_seconds=answer_seconds)
+        )
         session = f"{_SESSION} -c idle_in_transaction_session_timeout={1000 * idle_seconds:.0f}"
         self._durable = make(session)
         self._single = make(session, autocommit=True)
@@ -170,37 +172,42 @@ class Database:
             engine.dispose()
 
 
-@dataclass(frozen=True, slots=True)
-class _Patience:
-    """With a server that has been asked."""
+@dataclass(slots=True)
+class _Peer:
+    """The server, as all pools see it."""
 
     answer_seconds: float = _ANSWER_SECONDS
-    then: Callable[[], None] = lambda: None
+    lost_at: float = -math.inf  # when a connection was last lost: with it, every one that is older
 
 
 class _Connection(psycopg.Connection[Any]):
     """One that does not wait for ever."""
 
-    patience = _Patience()
+    peer = _Peer()
+    opened_at = math.inf
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """As psycopg's, but bounded; then it is closed, for its answer may still come."""
-        answer_seconds = self.patience.answer_seconds
         try:
-            return super().wait(gen, interval, timeout or answer_seconds)
+            return super().wait(gen, interval, timeout or self.peer.answer_seconds)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - the public API has no such bound
             self.pgconn.finish()
-            self.patience.then()
-            raise psycopg.OperationalError(f"no answer within {answer_seconds:g} s") from None
+            self.peer.lost_at = time.monotonic()
+            raise psycopg.OperationalError(f"no answer within {self.peer.answer_seconds:g} s") from None
 
 
 def _engine(
-    url: str, session: str, *, wait_seconds: float, pool_size: int, patience: _Patience, autocommit: bool = False
+    url: str, session: str, *, wait_seconds: float, pool_size: int, peer: _Peer, autocommit: bool = False
 ) -> Engine:
     def connect(_dialect: Any, _record: Any, arguments: Sequence[Any], options: dict[str, Any]) -> _Connection:
+        opened_at = time.monotonic()
         connection = _Connection.connect(*arguments, **options)
-        connection.patience = patience
+        connection.peer, connection.opened_at = peer, opened_at
         return connection
+
+    def check_out(connection: Any, _record: Any, _pooled: Any) -> None:
+        if connection.opened_at < peer.lost_at:
+            raise DisconnectionError("it stood when another one was lost")
 
     engine = create_engine(
         url,
@@ -215,6 +222,7 @@ def _engine(
         json_deserializer=orjson.loads,
     )
     event.listen(engine, "do_connect", connect)
+    event.listen(engine, "checkout", check_out)
     return engine
 
 

@@ -99,19 +99,19 @@ def fragile(fragile_servers: Servers, fragile_template: str, tmp_path: Path) -> 
 def test_ten_thousand_waiting_jobs_outlive_a_restart_of_everything(fragile: System, fragile_servers: Servers) -> None:
     """Servers and workers are killed at once and start at once: under the cap of connections, and steady in seconds."""
     with Witness(fragile, claims_forgotten=True) as witness:
-        workers = [fragile.start("echo", lease_seconds=10.0) for _ in range(2)]
         jobs = fragile.producer.submit_many({"model": "echo", "prompt": f"{n:04d}"} for n in range(WAITING - 500))
         jobs += [fragile.producer.submit(model="echo", prompt=f"{n:04d}") for n in range(500)]
+        workers = [fragile.launch("echo", lease_seconds=10.0) for _ in range(2)]
         wait_until(lambda: len(witness.first_read) > 100, PATIENCE_SECONDS, "some have ended")
         for kill in (fragile_servers.redis.kill, fragile_servers.postgres.kill, *(worker.kill for worker in workers)):
             kill()
+        ended = len(witness.first_read)
         with Recovery("a restart of everything, until it is steady", within_seconds=30):
             fragile_servers.start()
             workers = [fragile.launch("echo", lease_seconds=10.0) for _ in range(2)]
             for worker in workers:
                 worker.await_ready()
-            begun = len(witness.first_read)
-            wait_until(lambda: len(witness.first_read) > begun + 1000, PATIENCE_SECONDS, "jobs end again")
+            wait_until(lambda: len(witness.first_read) > ended + 1000, PATIENCE_SECONDS, "jobs end again")
         connections = fragile.tables.value("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
         assert connections <= len(workers) * CONNECTIONS_OF_A_WORKER + 20
         witness.saw(*jobs)

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.schema import Job
 from jobs.states import State
-from kit.proxied import DEFAULTS, Behind, Scenario, side_by_side
+from kit.proxied import DEFAULTS, Behind, Scenario, side_by_side, standby
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
@@ -57,21 +57,23 @@ def a_killed_consumer_is_started_again_beside_the_same_engine(behind: Behind) ->
 
 def engine_and_consumer_end_with_their_killed_supervisor(behind: Behind) -> None:
     """The children end by themselves, and another worker does their jobs."""
-    jobs = _begun(behind)
-    with _run_again(jobs, behind, "a killed supervisor"):
-        behind.worker.supervisor.kill()
-        behind.system.launch("slow")
-    behind.worker.await_gone()
-    _assert_all_succeed(jobs, behind, ["released", "succeeded"])
+    with standby(behind.system) as other:
+        jobs = _begun(behind)
+        with _run_again(jobs, behind, "a killed supervisor"):
+            behind.worker.supervisor.kill()
+            other.call()
+        behind.worker.await_gone()
+        _assert_all_succeed(jobs, behind, ["released", "succeeded"])
 
 
 def jobs_of_a_worker_that_is_killed_as_a_whole_run_elsewhere(behind: Behind) -> None:
     """As when a machine is lost: nobody says goodbye, its lease ends, and another worker does its jobs."""
-    jobs = _begun(behind)
-    with _run_again(jobs, behind, "a killed worker"):
-        behind.worker.kill()
-        behind.system.launch("slow")
-    _assert_all_succeed(jobs, behind, ["lost", "succeeded"])
+    with standby(behind.system) as other:
+        jobs = _begun(behind)
+        with _run_again(jobs, behind, "a killed worker"):
+            behind.worker.kill()
+            other.call()
+        _assert_all_succeed(jobs, behind, ["lost", "succeeded"])
 
 
 def a_consumer_that_drains_without_postgres_ends_in_time(behind: Behind) -> None:

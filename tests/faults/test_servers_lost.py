@@ -94,7 +94,9 @@ def test_a_silent_redis_costs_neither_lease_nor_bulk(
     try:
         jobs = _submit_bulk(fragile_system, 28)  # four seconds, more than a lease
         _assert_all_succeed(fragile_system, jobs)
-        assert worker.await_ready().id == identity
+        lease = worker.lease()
+        assert lease is not None
+        assert lease.id == identity
     finally:
         frozen.resume()
 

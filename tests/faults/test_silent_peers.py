@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 
 import pytest
 from sqlalchemy import Connection, text
@@ -19,14 +20,11 @@ from jobs.errors import StoreUnavailable
 from jobs.schema import Job
 from jobs.states import Lane, State
 from kit.invariants import Witness
-from kit.proxied import PROMPT, Behind, Scenario, side_by_side
+from kit.proxied import PROMPT, Behind, Scenario, side_by_side, standby
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
 from kit.waiting import wait_until
-from kit.workers import WorkerProcesses
 from producer.client import Producer
-
-THREADS = 4 + 8
 
 
 def a_worker_whose_redis_connections_fell_silent_consumes_again(behind: Behind) -> None:
@@ -73,11 +71,13 @@ def jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere(behind: Behind) ->
     """Its lease ends, others take its rows over; when Postgres answers again it comes back as a new worker."""
     identity = behind.worker.await_ready().id
     with Witness(behind.system) as witness:
-        jobs = behind.begun(3, PROMPT * 20)  # for as long as another worker takes to start
-        with _another(behind.system) as other:
+        with standby(behind.system) as other:
+            jobs = behind.begun(3, PROMPT * 5)
+            begun = partial(other.worker.has_begun, *(job.id for job in jobs))
             with Recovery("a silent Postgres", within_seconds=20):
                 behind.database.silence()
-                wait_until(lambda: other.has_begun(*(job.id for job in jobs)), PATIENCE_SECONDS, "they run elsewhere")
+                other.call()
+                wait_until(begun, PATIENCE_SECONDS, "they run elsewhere")
             witness.saw(*jobs)
             behind.await_success(jobs)
 
@@ -104,15 +104,13 @@ def a_worker_whose_postgres_connections_fell_silent_dials_again_before_its_lease
 
 def a_client_that_vanished_in_a_transaction_holds_a_row_for_seconds_only(behind: Behind) -> None:
     """Postgres ends a session that idles in a transaction; whoever waits for its row goes on."""
-    # All threads have work, so that the job stays queued.
-    busy = behind.submit(THREADS, PROMPT * 2)
-    [job] = behind.submit()
+    job = behind.system.producer.submit(model="other", prompt="x")  # no worker has that model: it stays queued
     with Recovery("a half-open client", within_seconds=20), _locked(behind, job):
         behind.database.silence(new_too=False)
         wait_until(lambda: _cancels(behind.system, job), PATIENCE_SECONDS, "the row can be changed")
     behind.database.heal()
     assert behind.system.wait(job.id).state is State.CANCELLED
-    behind.await_success(busy)
+    behind.await_success(behind.submit())
 
 
 def a_reply_lost_after_the_commit_doubles_nothing(behind: Behind) -> None:
@@ -138,18 +136,6 @@ def a_reply_lost_after_the_commit_doubles_nothing(behind: Behind) -> None:
 
 def _is_popped(system: System) -> bool:
     return system.producer.dispatcher.depth("slow", Lane.INTERACTIVE, PATIENCE_SECONDS) == 0
-
-
-@contextmanager
-def _another(system: System) -> Iterator[WorkerProcesses]:
-    """A worker that reaches the servers directly, until the end of the block."""
-    worker = system.start("slow")
-    try:
-        yield worker
-        worker.begin_stop()
-        worker.wait()
-    finally:
-        worker.close()
 
 
 @contextmanager

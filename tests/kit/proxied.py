@@ -55,6 +55,34 @@ class Behind:
         wait_until(lambda: not self.worker.shows_ready, PATIENCE_SECONDS, "the worker is not ready")
 
 
+@dataclass(frozen=True)
+class Standby:
+    """A worker that is up and takes nothing, for it has no way to Postgres, until it is called."""
+
+    worker: WorkerProcesses
+    call: Callable[[], None]
+
+
+@contextmanager
+def standby(system: System, model: str = "slow") -> Iterator[Standby]:
+    """One to take over at once: how long a worker takes to start is the machine's affair, not a fault's."""
+    url = str(system.settings.database_url)
+    with Proxy.before(url) as database:
+        worker = system.start(model, database_url=database.url(url))
+        database.refuse()
+        database.cut()
+        wait_until(lambda: _has_no_lease(worker), PATIENCE_SECONDS, "its lease is over")
+        try:
+            yield Standby(worker, database.accept)
+        finally:
+            worker.close()
+
+
+def _has_no_lease(worker: WorkerProcesses) -> bool:
+    lease = worker.lease()
+    return lease is None or lease.seconds_left <= 0
+
+
 Scenario: TypeAlias = Callable[[Behind], None]
 
 
