@@ -45,6 +45,7 @@ class Step:
     decode_rows: int  # rows and tokens [0, decode_rows) are decoding, one token each
     longest_decode: int  # the largest context of those, 0 if none decodes
     chunks: tuple[Chunk, ...]  # rows [decode_rows, rows)
+    wanted: Tensor | None = None  # (outputs,) int64, ascending: the tokens whose hidden states are read at the end
 
     def __post_init__(self) -> None:
         """The packing's invariants."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.huge_pages import Arena
-
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -35,9 +33,8 @@ class KVPool:
     def __init__(self, layers: Sequence[LayerShape], blocks: int, block_tokens: int) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
-        arena = Arena()
-        self.keys = [_empty(layer, blocks, block_tokens, layer.key_dim, arena) for layer in layers]
-        self.values = [_empty(layer, blocks, block_tokens, layer.value_dim, arena) for layer in layers]
+        self.keys = [_empty(layer, blocks, block_tokens, layer.key_dim) for layer in layers]
+        self.values = [_empty(layer, blocks, block_tokens, layer.value_dim) for layer in layers]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put new tokens' keys and values, (tokens, kv_heads, head_dim), at `slots`, (tokens,)."""
@@ -68,12 +65,9 @@ def blocks_in(budget_bytes: int, layers: Sequence[LayerShape], block_tokens: int
     return budget_bytes // (block_tokens * sum(layer.token_bytes for layer in layers))
 
 
-def _empty(layer: LayerShape, blocks: int, block_tokens: int, head_dim: int, arena: Arena) -> Tensor:
+def _empty(layer: LayerShape, blocks: int, block_tokens: int, head_dim: int) -> Tensor:
     # zeros: what was never written is masked, but a NaN there would still spread through 0 * NaN
-    shape = (blocks, layer.kv_heads, block_tokens, head_dim)
-    if layer.device.type == "cpu":
-        return arena.zeros(shape, layer.dtype)
-    return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+    return torch.zeros(blocks, layer.kv_heads, block_tokens, head_dim, dtype=layer.dtype, device=layer.device)
 
 
 def _gather(tensor: Tensor, blocks: Tensor, tokens: int) -> Tensor:

@@ -5,6 +5,7 @@ Weights, layers and quantization are transformers'; only their attention is ours
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ class Runner:
         return self.forward(step, torch.tensor(wanted, dtype=torch.long, device=step.token_ids.device))
 
     def forward(self, step: Step, wanted: Tensor) -> Tensor:
-        """The logits, (wanted tokens, vocab), at these places of the packed step."""
-        with running(step):
+        """The logits, (wanted tokens, vocab), at these places of the packed step, ascending."""
+        with running(replace(step, wanted=wanted)):
             output = self._model(
                 input_ids=step.token_ids.unsqueeze(0),
                 position_ids=step.positions.unsqueeze(0),

@@ -107,12 +107,14 @@ class _CStep(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("tokens", "rows")),
         *((name, ctypes.c_void_p) for name in ("residual", "cos", "sin", "slots", "firsts", "tables", "contexts")),
         ("table_stride", ctypes.c_long),
+        ("wanted", ctypes.c_void_p),
+        ("outputs", ctypes.c_long),
         ("out", ctypes.c_void_p),
     )
 
 
 class CompiledStack:
-    """All layers in one call. Their products are our own."""
+    """All layers in one call. Their products are our own. The last one ends early for what is not wanted."""
 
     def __init__(self, ops: CompiledOps, layers: Sequence[Layer], norm: Norm) -> None:
         self._ops = ops
@@ -122,18 +124,22 @@ class CompiledStack:
         self._stack = _CStack()
 
     def __call__(self, residual: Tensor, angles: Angles, step: Step) -> Tensor:
-        """(tokens, hidden). Overwrites `residual`."""
+        """(tokens, hidden), right where it is wanted. Overwrites `residual`."""
         if step.pool is not self._pool:
             self._pool, self._stack = step.pool, self._over(step.pool)
-        out = torch.empty_like(residual)
+        wanted = step.wanted if step.wanted is not None and len(step.wanted) < len(residual) else None
+        out = residual.new_empty(len(residual) if wanted is None else len(wanted), residual.shape[1])
         firsts = torch.tensor([*range(step.decode_rows), *(chunk.first for chunk in step.chunks), len(residual)])
         tensors = (residual, *angles, step.slots, firsts, step.block_tables, step.context_tokens)
         assert all(tensor.is_contiguous() for tensor in tensors)
         described = _CStep(
-            len(residual), len(step.context_tokens), *map(pointer, tensors), step.block_tables.stride(0), pointer(out)
-        )
+            len(residual), len(step.context_tokens), *map(pointer, tensors), step.block_tables.stride(0),
+            pointer(wanted), len(out), pointer(out),
+        )  # fmt: skip
         self._ops.call("run_stack", residual.dtype, self._stack, described)
-        return out
+        if wanted is not None:
+            residual[wanted] = out
+        return out if wanted is None else residual
 
     def _over(self, pool: KVPool) -> _CStack:
         layers = (_CLayer * len(self._layers))(*(_as_c(layer, pool) for layer in self._layers))

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -230,15 +231,32 @@ Floats multiply_add(Floats total, Words a, Words b) {
 // Rows of unsigned bytes, weights of signed ones: four of each in a word.
 struct Int8 {};
 
+// Rows of Bf16 that were made floats, weights that were not: where the CPU multiplies only floats, half of the work of
+// making them is saved by doing it once.
+struct Widened {};
+
+// What a product adds up, from a row's next words and one of its weights'.
 template <class In>
 struct Sum {
   using Type = Floats;
-  static Floats add(Floats total, Words a, Words b) { return multiply_add<In>(total, a, b); }
+  static constexpr long kWords = 1;
+  static Floats add(Floats total, const uint32_t* a, Words b) { return multiply_add<In>(total, Words{} + *a, b); }
+};
+template <>
+struct Sum<Widened> {
+  using Type = Floats;
+  static constexpr long kWords = 2;
+  static Floats add(Floats total, const uint32_t* a, Words b) {
+    total = multiply_add<float>(total, Words{} + a[0], b << 16);
+    return multiply_add<float>(total, Words{} + a[1], b & 0xffff0000u);
+  }
 };
 template <>
 struct Sum<Int8> {
   using Type = Ints;
-  static Ints add(Ints total, Words a, Words b) {
+  static constexpr long kWords = 1;
+  static Ints add(Ints total, const uint32_t* words, Words b) {
+    Words a = Words{} + *words;
 #ifdef __AVX512VNNI__
     return __builtin_ia32_vpdpbusd_v16si(total, reinterpret_cast<Ints>(a), reinterpret_cast<Ints>(b));
 #else
@@ -283,7 +301,7 @@ void product_tile(const uint32_t* x, const Words* panel, long depth, Ahead ahead
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
       for (long k = 0; k < kPanel; ++k)
-        total[r][k] = Sum<In>::add(total[r][k], Words{} + x[r * depth + d], panel[d * kPanel + k]);
+        total[r][k] = Sum<In>::add(total[r][k], x + (r * depth + d) * Sum<In>::kWords, panel[d * kPanel + k]);
   }
   for (int r = 0; r < ROWS; ++r)
     for (long k = 0; k < kPanel; ++k) out.put(row + r, column + k * kLanes, total[r][k]);
@@ -306,7 +324,7 @@ void product_panels(const uint32_t* x, const Words* weights, long rows, long dep
     for (long i = 0; i < blocks; ++i) {
       long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
       Ahead ahead{next + i * share * kPanel, p + 1 < end ? std::min(share, depth - i * share) : 0};
-      tiles[count - 1](x + row * depth, panel, depth, ahead, out, row, p * kPanel * kLanes);
+      tiles[count - 1](x + row * depth * Sum<In>::kWords, panel, depth, ahead, out, row, p * kPanel * kLanes);
     }
   }
 }
@@ -611,7 +629,16 @@ template <class T>
 void multiply(const Linear& linear, const Sink<T>& x, T* out, long rows) {
   const Words* words = static_cast<const Words*>(linear.words);
   Output<T> output{out, linear.outputs, static_cast<const T*>(linear.bias), x.scales, linear.scales, linear.shifts};
-  if (linear.scales)
+#ifdef __AVX512BF16__
+  constexpr bool widen = false;
+#else
+  constexpr bool widen = std::is_same_v<T, Bf16>;
+#endif
+  if (!linear.scales && widen) {
+    float* values = scratch(rows * linear.inputs);
+    for (long i = 0; i < rows * linear.inputs; i += kLanes) store(values + i, load(x.plain + i));
+    product<Widened>(reinterpret_cast<const uint32_t*>(values), words, rows, linear.inputs / kPerWord<T>, output);
+  } else if (linear.scales)
     product<Int8>(reinterpret_cast<const uint32_t*>(x.bytes), words, rows, linear.inputs / 4, output);
   else
     product<T>(reinterpret_cast<const uint32_t*>(x.plain), words, rows, linear.inputs / kPerWord<T>, output);
@@ -648,8 +675,34 @@ struct Step {
   const int64_t *slots, *firsts;
   const int32_t *tables, *contexts;
   long table_stride;
-  void* out;  // (tokens, hidden), after the last norm
+  const int64_t* wanted;  // the tokens whose results are, in order, unless all are
+  long outputs;
+  void* out;  // (outputs, hidden), after the last norm
 };
+
+std::vector<Span> spans_of(const Step& step) {
+  std::vector<Span> spans;
+  for (long row = 0; row < step.rows; ++row) {
+    long first = step.firsts[row], tokens = step.firsts[row + 1] - first;
+    spans.push_back({row, first, first, tokens, step.contexts[row]});
+  }
+  return spans;
+}
+
+// Of the wanted tokens alone: neighbours of one row stay together.
+std::vector<Span> wanted_spans(const Step& step) {
+  std::vector<Span> spans;
+  for (long i = 0, row = 0; i < step.outputs; ++i) {
+    long token = step.wanted[i];
+    bool follows = i && token == step.wanted[i - 1] + 1 && token < step.firsts[row + 1];
+    while (token >= step.firsts[row + 1]) ++row;
+    if (follows)
+      ++spans.back().tokens, ++spans.back().context;
+    else
+      spans.push_back({row, token, i, 1, step.contexts[row] - (step.firsts[row + 1] - 1 - token)});
+  }
+  return spans;
+}
 
 // What a layer leaves to the next and its own parts to each other; kept from step to step, since fresh memory is slow.
 template <class T>
@@ -680,42 +733,51 @@ void run_stack(const Stack& stack, const Step& step) {
   auto input_of = [&](const Linear& next) {
     return next.scales ? Sink<T>{nullptr, bytes, scales} : Sink<T>{plain, nullptr, nullptr};
   };
-  auto norm = [&](const Norm& by, const T* more, Sink<T> sink) {
-    add_norm(residual, more, nullptr, static_cast<const T*>(by.weight), by.epsilon, sink, tokens, hidden);
+  auto norm = [&](const Norm& by, T* sums, const T* more, Sink<T> sink, long rows) {
+    add_norm(sums, more, nullptr, static_cast<const T*>(by.weight), by.epsilon, sink, rows, hidden);
   };
 
-  std::vector<Span> spans;
-  for (long row = 0; row < step.rows; ++row) {
-    long first = step.firsts[row], count = step.firsts[row + 1] - first;
-    spans.push_back({row, first, first, count, step.contexts[row]});
-  }
+  std::vector<Span> spans = spans_of(step);
   std::map<long, Tasks> tasks;  // by the window
   for (long i = 0; i < stack.count; ++i)
     if (!tasks.count(stack.layers[i].window))
       tasks[stack.layers[i].window] = tasks_of(spans, heads, stack.layers[i].window);
-  std::vector<Partial<T>> parts = partials<T>(tasks.begin()->second, heads.dim);
+  const Layer& end = stack.layers[stack.count - 1];
+  bool some = step.outputs < tokens;
+  Tasks last = some ? tasks_of(wanted_spans(step), heads, end.window) : tasks.at(end.window);
+  std::vector<Partial<T>> parts = partials<T>(tasks.begin()->second, heads.dim);  // whatever the window, equally many
+  std::vector<Partial<T>> last_parts = partials<T>(last, heads.dim);
 
   as_team(tokens * hidden * qkv_width > kParallel, [&] {
+    T* sums = residual;
+    long rows = tokens;
     for (long i = 0; i < stack.count; ++i) {
       const Layer& layer = stack.layers[i];
       T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
-      norm(layer.input_norm, i ? added : nullptr, input_of(layer.qkv));
+      bool is_last = i == stack.count - 1;
+      norm(layer.input_norm, sums, i ? added : nullptr, input_of(layer.qkv), rows);
       multiply(layer.qkv, input_of(layer.qkv), wide, tokens);
       rotary_write(wide, nullptr, static_cast<const T*>(nullptr), static_cast<const T*>(step.cos),
                    static_cast<const T*>(step.sin), static_cast<const T*>(layer.query_norm.weight),
                    static_cast<const T*>(layer.key_norm.weight), layer.key_norm.epsilon, step.slots, keys, values,
                    tokens, heads, stack.block_tokens);
+      if (is_last && some) {
+        rows = step.outputs, sums = static_cast<T*>(step.out);
+#pragma omp for
+        for (long row = 0; row < rows; ++row)
+          std::copy_n(residual + step.wanted[row] * hidden, hidden, sums + row * hidden);
+      }
       attention<T>({wide, qkv_width, plain, keys, values, step.tables, step.table_stride, stack.block_tokens,
                     layer.window, heads, stack.scaling, 0, nullptr},
-                   tasks.at(layer.window), parts);
-      if (layer.out.scales) quantize(plain, input_of(layer.out), tokens, attended_width);
-      multiply(layer.out, input_of(layer.out), added, tokens);
-      norm(layer.mlp_norm, added, input_of(layer.gate_up));
-      multiply(layer.gate_up, input_of(layer.gate_up), wide, tokens);
-      silu_multiply(wide, nullptr, input_of(layer.down), tokens, stack.intermediate);
-      multiply(layer.down, input_of(layer.down), added, tokens);
+                   is_last ? last : tasks.at(layer.window), is_last ? last_parts : parts);
+      if (layer.out.scales) quantize(plain, input_of(layer.out), rows, attended_width);
+      multiply(layer.out, input_of(layer.out), added, rows);
+      norm(layer.mlp_norm, sums, added, input_of(layer.gate_up), rows);
+      multiply(layer.gate_up, input_of(layer.gate_up), wide, rows);
+      silu_multiply(wide, nullptr, input_of(layer.down), rows, stack.intermediate);
+      multiply(layer.down, input_of(layer.down), added, rows);
     }
-    norm(stack.norm, added, {static_cast<T*>(step.out), nullptr, nullptr});
+    norm(stack.norm, sums, added, {static_cast<T*>(step.out), nullptr, nullptr}, rows);
   });
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models import fused
 from models.attention import Reference
+from models.blocks import Lease
 from models.catalog import ModelSpec
 from models.engine import load_engine
 from models.fused import prepare_for_cpu
@@ -19,6 +20,9 @@ from models.kernels.cpu import CompiledOps, CpuKernels, Ops, TorchOps, compiled
 from models.linears import Int8, Own, Packed, Part, Plain
 from models.loading import load_model
 from models.protocol import ModelLoadError
+from models.rows import Row
+from models.runner import _row
+from models.scheduler import Work
 from models.stack import Stack
 
 Load = Callable[..., tuple[Path, Any]]
@@ -50,19 +54,21 @@ def engine_of(folder: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch, **setting
 
 def logits_of(engine: Any, ids: list[int]) -> Tensor:
     """All logits of one prompt, in two chunks and then two single tokens."""
-    from models.blocks import Lease
-    from models.runner import _row
-    from models.scheduler import Work
-
-    row, parts = _row(ids), []
-    row.lease = Lease("test")
-    engine._blocks.grow(row.lease, len(ids))
+    row, parts = row_of(engine, ids), []
     for first, end in ((0, 20), (20, len(ids) - 2), (len(ids) - 2, len(ids) - 1), (len(ids) - 1, len(ids))):
         step = engine._runner.pack([Work(row, first, end - first)])
         with torch.inference_mode():
             parts.append(engine._runner.forward(step, torch.arange(end - first)))
     engine._blocks.release(row.lease, ())
     return torch.cat(parts)
+
+
+def row_of(engine: Any, ids: list[int]) -> Row:
+    """A row with blocks for these tokens."""
+    row = _row(ids)
+    row.lease = Lease("test")
+    engine._blocks.grow(row.lease, len(ids))
+    return row
 
 
 @pytest.mark.parametrize("ops", ["torch", "compiled"])
@@ -108,6 +114,26 @@ def test_one_call_for_all_layers_gives_every_bit_of_single_operations(  # noqa: 
         assert torch.equal(logits_of(engine, list(range(3, 78))), wanted)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8-onednn"])
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+def test_the_last_layer_computes_what_is_wanted(
+    architecture: str, quantization: str, tiny_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token, single ones, stretches within a row and across rows: as if all had been, and later steps alike."""
+    monkeypatch.setattr(CompiledOps, "multiplies", lambda *_: True)
+    folder, _ = tiny_model(architecture, **ARCHITECTURES[architecture])
+    engine = engine_of(folder, ops_of("compiled"), monkeypatch, quantization=quantization)
+    rows = [row_of(engine, list(range(at, at + 80))) for at in (3, 50, 90)]
+    engine._runner.run([Work(row, 0, 40) for row in rows])
+    step = engine._runner.pack([Work(rows[0], 40, 1), Work(rows[1], 40, 20), Work(rows[2], 40, 12)])
+    with torch.inference_mode():
+        everything = engine._runner.forward(step, torch.arange(33))
+        keys = [tensor.clone() for tensor in (*engine._pool.keys, *engine._pool.values)]
+        for wanted in ([], [0], [20], [0, 20, 32], [5, 6, 7], [0, 1, 2], [19, 20, 21, 22, 30], list(range(1, 33))):
+            assert torch.equal(engine._runner.forward(step, torch.tensor(wanted).long()), everything[wanted])
+    assert all(map(torch.equal, (*engine._pool.keys, *engine._pool.values), keys))
 
 
 @pytest.mark.parametrize("ops", ["torch", "compiled"])
