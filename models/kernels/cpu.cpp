@@ -23,11 +23,6 @@ constexpr long kQueries = 32;        // rows (token, head) of a KV head that sha
 constexpr long kParallel = 1 << 14;  // elements under which waking the threads costs more than the work
 constexpr long kPanel = 2;           // vectors of outputs that a product computes at once
 constexpr long kRows = 12;           // times that many rows: 24 sums, the 32 registers' share
-#ifdef __AVX512BF16__
-constexpr bool kMultipliesBf16 = true;
-#else
-constexpr bool kMultipliesBf16 = false;
-#endif
 
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
@@ -312,14 +307,15 @@ constexpr auto product_tiles(std::index_sequence<MORE...>) {
   return std::array{&product_tile<In, T, MORE + 1>...};
 }
 
-// One thread's panels of x (rows, depth words) times weights (panels of 32 outputs, depth, 32 words), each read once:
-// all rows pass while one is in the second-level cache, and meanwhile the next is fetched.
+// x (rows, depth words) times weights (panels of 32 outputs, depth, 32 words). Each thread reads its panels once, in
+// order: all rows pass while one is in the second-level cache, and meanwhile the next is fetched.
 template <class In, class T>
-void product_panels(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out, long from,
-                    long end) {
+void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
   static constexpr auto tiles = product_tiles<In, T>(std::make_index_sequence<kRows>());
-  long blocks = (rows + kRows - 1) / kRows, share = blocks ? (depth + blocks - 1) / blocks : 0;
-  for (long p = from; p < end; ++p) {
+  long panels = out.columns / (kPanel * kLanes), blocks = (rows + kRows - 1) / kRows;
+  long share = blocks ? (depth + blocks - 1) / blocks : 0;
+  long threads = omp_get_num_threads(), thread = omp_get_thread_num(), end = panels * (thread + 1) / threads;
+  for (long p = panels * thread / threads; p < end; ++p) {
     const Words *panel = weights + p * depth * kPanel, *next = panel + depth * kPanel;
     for (long i = 0; i < blocks; ++i) {
       long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
@@ -327,41 +323,6 @@ void product_panels(const uint32_t* x, const Words* weights, long rows, long dep
       tiles[count - 1](x + row * depth * Sum<In>::kWords, panel, depth, ahead, out, row, p * kPanel * kLanes);
     }
   }
-}
-
-// A CPU without bfloat16 products: pairs become floats, once for all rows, in the order in which pairs are summed.
-template <class T>
-void widened_panels(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out, long from,
-                    long end) {
-  static constexpr auto tiles = product_tiles<float, T>(std::make_index_sequence<kRows>());
-  thread_local std::vector<uint32_t> values;
-  thread_local std::vector<Words> panel;
-  values.resize(2 * rows * depth), panel.resize(2 * depth * kPanel);
-  for (long i = 0; i < rows * depth; ++i) values[2 * i] = x[i] << 16, values[2 * i + 1] = x[i] & 0xffff0000u;
-  for (long p = from; p < end; ++p) {
-    const Words *words = weights + p * depth * kPanel, *next = p + 1 < end ? words + depth * kPanel : words;
-    for (long d = 0; d < depth; ++d)
-      for (long k = 0; k < kPanel; ++k) {
-        __builtin_prefetch(next + d * kPanel + k, 0, 2);
-        panel[2 * d * kPanel + k] = words[d * kPanel + k] << 16;
-        panel[(2 * d + 1) * kPanel + k] = words[d * kPanel + k] & 0xffff0000u;
-      }
-    for (long blocks = (rows + kRows - 1) / kRows, i = 0; i < blocks; ++i) {
-      long row = rows * i / blocks, count = rows * (i + 1) / blocks - row;
-      tiles[count - 1](values.data() + 2 * row * depth, panel.data(), 2 * depth, {}, out, row, p * kPanel * kLanes);
-    }
-  }
-}
-
-template <class In, class T>
-void product(const uint32_t* x, const Words* weights, long rows, long depth, const Output<T>& out) {
-  long panels = out.columns / (kPanel * kLanes), threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  long from = panels * thread / threads, end = panels * (thread + 1) / threads;
-  bool widened = std::is_same_v<In, Bf16> && !kMultipliesBf16 && rows > 4 * kRows;  // fewer are not worth it
-  if (widened)
-    widened_panels(x, weights, rows, depth, out, from, end);
-  else
-    product_panels<In>(x, weights, rows, depth, out, from, end);
 #pragma omp barrier
 }
 
