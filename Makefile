@@ -20,8 +20,8 @@ run: install ## run examples/questions.jsonl through the whole stack and show wh
 	@mkdir -p out
 	$(BIN)/headrace run examples/questions.jsonl -o out/answers.jsonl --force --show 6
 
-test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; ARGS="..." goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test ## every test, against real Postgres and Redis; ARGS="..." goes to pytest, in one process
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2)
 
 test-quick: $(VENV)/.installed-test ## only tests/unit, which need no server
 	$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 import redis
+from xdist.scheduler import LoadScopeScheduling
 
 from headrace.servers import Servers
 from kit.canaries import has_leaked, watch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jobs.settings import Settings
 
 watch(SECRET)
+_FAULTS = "tests/faults"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,27 @@ def servers() -> Iterator[SharedServers]:
 
 def _watch_passwords(*urls: str | None) -> None:
     watch(*(urlsplit(url).password for url in urls if url))
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Of several processes one takes all fault tests, in order: they share servers. The others take file by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return _FAULTS if path.startswith(f"{_FAULTS}/") else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    """How tests are spread over processes (`-n 2`), each of which has servers of its own."""
+    config.option.loadscopereorder = False
+    return _Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side the fault tests come first: they take longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(f"{_FAULTS}/"))
 
 
 @pytest.hookimpl(wrapper=True)
