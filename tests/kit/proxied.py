@@ -57,7 +57,7 @@ class Behind:
 
 @dataclass(frozen=True)
 class Standby:
-    """A worker that is up and takes nothing, for it has no way to Postgres, until it is called."""
+    """A worker that is up and takes nothing, for it has no way to either server, until it is called."""
 
     worker: WorkerProcesses
     call: Callable[[], None]
@@ -66,14 +66,24 @@ class Standby:
 @contextmanager
 def standby(system: System, model: str = "slow") -> Iterator[Standby]:
     """One to take over at once: how long a worker takes to start is the machine's affair, not a fault's."""
-    url = str(system.settings.database_url)
-    with Proxy.before(url) as database:
-        worker = system.start(model, database_url=database.url(url))
-        database.refuse()
-        database.cut()
+    settings = system.settings
+    with Proxy.before(str(settings.database_url)) as database, Proxy.before(str(settings.broker_url)) as broker:
+        urls = {
+            "database_url": database.url(str(settings.database_url)),
+            "broker_url": broker.url(str(settings.broker_url)),
+        }
+        worker, ways = system.start(model, **urls), (broker, database)
+        for way in ways:  # that to Redis first: no message is to be taken and held
+            way.refuse()
+            way.cut()
         wait_until(lambda: _has_no_lease(worker), PATIENCE_SECONDS, "its lease is over")
+
+        def call() -> None:
+            for way in ways:
+                way.accept()
+
         try:
-            yield Standby(worker, database.accept)
+            yield Standby(worker, call)
         finally:
             worker.close()
 

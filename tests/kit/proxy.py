@@ -43,6 +43,7 @@ class Rule:
 
 
 PASS = Rule()
+_TURNS = 10
 
 
 @dataclass(eq=False)
@@ -173,9 +174,11 @@ class Proxy:
 
     async def _end(self) -> None:
         await self._close()
+        await _some_turns()  # of a connection that was just accepted nobody knows before
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _some_turns()  # for what was aborted to be closed
 
     async def _change(self, directions: list[Direction], change: Callable[[Rule], Rule], *, new_too: bool) -> None:
         tables = [link.rules for link in self._links] + ([self._rules] if new_too else [])
@@ -245,3 +248,9 @@ class Proxy:
 
     def _chunk_bytes(self, rule: Rule) -> int:
         return _CHUNK_BYTES if rule.bytes_per_second is None else _THROTTLED_BYTES
+
+
+async def _some_turns() -> None:
+    """Of the loop: what is about to happen in it happens."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
