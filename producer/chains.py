@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.25
 _AT_ONCE = 100
 _STRANDED = JobError(code="previous_response_not_found", message="the response that it goes on from has no answer")
-
 _MISTAKE = JobError(code="server_error", message="its request cannot be put together")
 
 
@@ -49,6 +48,9 @@ class Chains:
                 found = await run_sync(self.run_once)
             except StoreUnavailable as error:
                 log.warning("chained responses wait: %s", error)
+                found = 0
+            except Exception:  # nobody would start this again
+                log.exception("chained responses wait")
                 found = 0
             if not found:
                 await asyncio.sleep(_LOOK_SECONDS)
