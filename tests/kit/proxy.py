@@ -164,9 +164,13 @@ class Proxy:
             self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        """Take no more connections; those just taken are served first, since a closed server forgets them unclosed."""
+        server, self._server = self._server, None
+        if server is not None:
+            for listener in server.sockets:
+                self._loop.remove_reader(listener)
+            await _some_turns()
+            server.close()
 
     async def _cut(self) -> None:
         for link in list(self._links):
@@ -174,7 +178,6 @@ class Proxy:
 
     async def _end(self) -> None:
         await self._close()
-        await _some_turns()  # of a connection that was just accepted nobody knows before
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -104,6 +104,21 @@ def test_refused_connections_fail_at_once_and_standing_ones_go_on(proxy: Proxy, 
         assert _ask(again, b"again") == b"again"
 
 
+def test_a_connection_taken_in_the_moment_of_refusing_is_carried_and_closed(proxy: Proxy, server: EchoServer) -> None:
+    """asyncio's server would forget it: neither served nor closed until the garbage collector warns of it."""
+    held, go_on = threading.Event(), threading.Event()
+    proxy._loop.call_soon_threadsafe(lambda: (held.set(), go_on.wait(PATIENCE_SECONDS)))
+    assert held.wait(PATIENCE_SECONDS)
+    with _dial(proxy) as client:  # by the kernel: the loop sees it together with the order to refuse
+        refusing = threading.Thread(target=proxy.refuse)
+        refusing.start()
+        wait_until(lambda: len(proxy._loop._ready) > 0, PATIENCE_SECONDS, "it is told to refuse")  # type: ignore[attr-defined]
+        go_on.set()
+        refusing.join()
+        assert _ask(client, b"taken") == b"taken"
+    wait_until(lambda: server.ended == 1, PATIENCE_SECONDS, "its end is passed on")
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_one_direction_is_swallowed_and_the_other_is_not(
     proxy: Proxy, client: socket.socket, server: EchoServer, direction: str
