@@ -107,7 +107,8 @@ def test_refused_connections_fail_at_once_and_standing_ones_go_on(proxy: Proxy, 
 def test_a_connection_taken_in_the_moment_of_refusing_is_carried_and_closed(proxy: Proxy, server: EchoServer) -> None:
     """asyncio's server would forget it: neither served nor closed until the garbage collector warns of it."""
     held, go_on = threading.Event(), threading.Event()
-    proxy._loop.call_soon_threadsafe(lambda: (held.set(), go_on.wait(PATIENCE_SECONDS)))
+    proxy._loop.call_soon_threadsafe(held.set)
+    proxy._loop.call_soon_threadsafe(go_on.wait, PATIENCE_SECONDS)
     assert held.wait(PATIENCE_SECONDS)
     with _dial(proxy) as client:  # by the kernel: the loop sees it together with the order to refuse
         refusing = threading.Thread(target=proxy.refuse)
