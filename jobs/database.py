@@ -287,7 +287,8 @@ def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOB
     def execute(statement: TextClause, fields: Fields) -> list[Any]:
         cursor = driver.cursor(row_factory=namedtuple_row)
         cursor.execute(_driver_sql(statement, engine.dialect), fields)
-        return cursor.fetchall() if cursor.description else []
+        # Not `description`, which makes an object for each column.
+        return cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
 
     try:
         with _without_rows():

@@ -11,10 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import redis
@@ -32,6 +32,8 @@ from jobs.states import Lane
 from jobs.store import Waiting
 
 log = logging.getLogger(__name__)
+
+Sending: TypeAlias = Future[bool] | None  # None: nobody waits for a broker that just failed
 
 RUN_JOB = "headrace.run_job"
 DRAIN = "headrace.drain"
@@ -144,7 +146,23 @@ class Dispatcher:
 
     def publish(self, jobs: Sequence[Waiting], wait_seconds: float | None = None) -> bool:
         """Send one message per job. False: not within the time; the rows are safe and will be published later."""
-        return self._bounded(lambda: self._send_jobs(jobs), wait_seconds)
+        return self.finish(self.begin(jobs), wait_seconds)
+
+    def begin(self, jobs: Sequence[Waiting]) -> Sending:
+        """Send one message per job meanwhile; `finish` says what came of it."""
+        return self._begin(lambda: self._send_jobs(jobs))
+
+    def finish(self, sending: Sending, wait_seconds: float | None = None) -> bool:
+        """Wait for what was begun. False: not within the time, as `publish`."""
+        if sending is None:
+            return False
+        wait = self._wait_seconds if wait_seconds is None else wait_seconds
+        try:
+            return sending.result(wait)
+        except FutureTimeoutError:
+            self._broken_until = time.monotonic() + _BREAK_SECONDS
+            log.warning("the broker did not answer within %g s; the sweeper will publish", wait)
+            return False
 
     def hint_bulk(self, model: str, wait_seconds: float | None = None) -> bool:
         """Say that the model's route has bulk rows."""
@@ -173,16 +191,10 @@ class Dispatcher:
     # -- in the thread ------------------------------------------------------------------------------------------
 
     def _bounded(self, work: Callable[[], None], wait_seconds: float | None) -> bool:
-        if time.monotonic() < self._broken_until:
-            return False
-        wait = self._wait_seconds if wait_seconds is None else wait_seconds
-        future = self._thread.submit(self._guarded, work)
-        try:
-            return future.result(wait)
-        except FutureTimeoutError:
-            self._broken_until = time.monotonic() + _BREAK_SECONDS
-            log.warning("the broker did not answer within %g s; the sweeper will publish", wait)
-            return False
+        return self.finish(self._begin(work), wait_seconds)
+
+    def _begin(self, work: Callable[[], None]) -> Sending:
+        return None if time.monotonic() < self._broken_until else self._thread.submit(self._guarded, work)
 
     def _guarded(self, work: Callable[[], None]) -> bool:
         try:

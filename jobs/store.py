@@ -320,6 +320,10 @@ class Store:
         """Models with queued interactive jobs."""
         return [row.model for row in self.database.rows(_MODELS_WAITING)]
 
+    def exists(self, job_id: UUID) -> bool:
+        """Whether there is such a job, whoever it belongs to."""
+        return self.database.row(_TENANT_OF, {"id": job_id}) is not None
+
     def tenant_of(self, job_id: UUID) -> str:
         """Whose job it is, for tools of the operator's. Raises NotFound."""
         row = self.database.row(_TENANT_OF, {"id": job_id})

@@ -142,13 +142,24 @@ class Producer:
         checked = kept = self._check(asked)
         if after is not None:  # how long its answer may be is decided with its whole prompt
             kept = checked.model_copy(update={"max_tokens": asked.max_tokens})
-        accepted = self._accept(job_id or new_id(), checked, kept, endpoint=endpoint, call=call, after=after)
+        job_id = job_id or new_id()
+        waiting = [Waiting(job_id, checked.model, checked.priority, self.tenant_id)]
+        # The message goes out while the row is being committed: its way takes about as long. A worker that is faster
+        # waits for the row; if it never comes, the message was for nothing.
+        sending = self.dispatcher.begin(waiting) if self._is_sure(checked, after) else None
+        accepted = self._accept_listening(job_id, checked, kept, endpoint=endpoint, call=call, after=after)
         if accepted.job is None:
             return self.get(accepted.id)
-        self._ears.expect(accepted.id)
         if accepted.state is State.QUEUED:
-            self.dispatcher.publish([Waiting(accepted.id, checked.model, checked.priority, self.tenant_id)])
+            self.dispatcher.finish(sending or self.dispatcher.begin(waiting))
         return accepted.job
+
+    def _is_sure(self, checked: JobRequest, after: UUID | None) -> bool:
+        """Whether nothing but a failure of Postgres can keep a request that was checked from being queued now."""
+        may_be_refused = self._key is not None and self._key.quota_tokens_per_minute is not None
+        may_be_known = checked.idempotency_key is not None
+        may_be_blocked = checked.conversation is not None or after is not None
+        return not (may_be_refused or may_be_known or may_be_blocked)
 
     def release(self, job: Job, said: Sequence[Message], asked: JobRequest) -> None:
         """Let a job that was accepted `after` another one run, with what was said up to that one's answer.
@@ -165,6 +176,18 @@ class Producer:
         """End a job that was accepted `after` another one and cannot go on from it."""
         if self.store.strand(job_id, self.tenant_id, error):
             self._signals.publish(ENDED, [job_id])
+
+    def _accept_listening(self, job_id: UUID, checked: JobRequest, kept: JobRequest, **how: Any) -> Accepted:
+        """From its commit on it may end, and would be heard."""
+        self._ears.expect(job_id)
+        created = False
+        try:
+            accepted = self._accept(job_id, checked, kept, **how)
+            created = accepted.created
+        finally:
+            if not created:
+                self._ears.expect_no_more(job_id)
+        return accepted
 
     def _accept(self, job_id: UUID, checked: JobRequest, kept: JobRequest, **how: Any) -> Accepted:
         """What is `kept` of a request that was checked; `how` it came over the API."""
@@ -331,6 +354,11 @@ class _Ears:
                 self._expected[job_id] = None
             if len(self._expected) > _EXPECTED:
                 del self._expected[next(iter(self._expected))]
+
+    def expect_no_more(self, job_id: UUID) -> None:
+        """Nothing is known of this job."""
+        with self._lock:
+            self._expected.pop(job_id, None)
 
     def expects(self, job_id: UUID) -> bool:
         """Whether its end would have been heard, and was not: there is nothing to look for yet."""

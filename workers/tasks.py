@@ -7,6 +7,7 @@ claims what the engine has room for, again and again, until none are left. Both 
 from __future__ import annotations
 
 import logging
+import operator
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ from functools import partial
 from uuid import UUID
 
 import orjson
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from jobs.errors import HeadraceError, RequestInvalid, StoreUnavailable
 from jobs.schema import JobError, JobRequest, Timings, Usage
@@ -38,6 +40,8 @@ _REFILL_SECONDS = 0.01
 # While the last rows run, new ones are looked for this often.
 _LOOK_AGAIN_SECONDS = 1.0
 _ENGINE_SECONDS = 1.0
+# A row comes this much later than its message, or a message is sent again for it.
+_COMMIT_SECONDS = 0.5
 _NO_REASON = Failure("engine_error", "the engine gave no reason", retryable=True)
 
 
@@ -68,7 +72,7 @@ class Watcher:
 def run_job(host: Host, job_id: UUID) -> str:
     """One interactive job from claim to announcement. Returns its final state's name."""
     _await_engine(host)
-    held = _claim(host, job_id)
+    held = _claim(host, job_id) or _claim_when_there(host, job_id)
     if held is None:
         raise NotOurs(f"job {job_id} is not to be run here")
     done: Future[Finished] = Future()
@@ -189,6 +193,19 @@ def _claim(host: Host, job_id: UUID) -> Held | None:
     finally:
         held = host.hands.take(tokens, claims)
     return held[0] if held else None
+
+
+def _claim_when_there(host: Host, job_id: UUID) -> Held | None:
+    """Its message goes out while its row is being committed, and may be here first."""
+    return _claim(host, job_id) if _until_there(host.store.exists, job_id) else None
+
+
+_until_there = Retrying(
+    retry=retry_if_result(operator.not_),
+    wait=wait_exponential(multiplier=_COMMIT_SECONDS / 1024, max=_COMMIT_SECONDS / 8),
+    stop=stop_after_delay(_COMMIT_SECONDS),
+    retry_error_callback=lambda _: False,
+)
 
 
 def _claim_bulk(host: Host, room: int) -> list[Held]:

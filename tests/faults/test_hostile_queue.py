@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import redis
 
 from jobs.dispatch import RUN_JOB
+from jobs.errors import NotFound
 from jobs.ids import new_id
 from jobs.schema import Job
 from jobs.states import Lane, State
@@ -123,12 +125,24 @@ def test_a_message_delivered_a_hundred_times_is_one_execution(steady: System, wo
 def test_a_producer_killed_between_commit_and_message_costs_seconds(steady: System) -> None:
     """The row is there, no message ever was: the sweeper sends one."""
     job_id = new_id()
-    code = _KILLED_PRODUCER.format(job_id=job_id)
-    child = subprocess.run([sys.executable, "-c", code], env=_inherited() | steady.settings.environment(), check=False)
+    _kill_producer(steady, "dispatcher.begin", job_id, key="killed")  # with a key it is sent after the commit
     with Recovery("a producer killed between commit and publish", within_seconds=5):
         job = steady.wait(job_id)
-    assert child.returncode == -signal.SIGKILL
     assert job.state is State.SUCCEEDED
+
+
+def test_a_producer_killed_between_message_and_commit_leaves_nothing(steady: System, worker: WorkerProcesses) -> None:
+    """The message goes out first, for a row that never comes: the worker looks for it a moment, and goes on."""
+    job_id = new_id()
+    with Witness(steady) as witness:
+        _kill_producer(steady, "store.accept", job_id)
+        wait_until(lambda: steady.producer.dispatcher.depth("slow", Lane.INTERACTIVE, 5.0) == 0, 60, "it was taken")
+        witness.saw(after := steady.producer.submit(model="slow", prompt="x"))
+        assert steady.wait(after.id).state is State.SUCCEEDED
+        witness.check()
+    with pytest.raises(NotFound):
+        steady.producer.get(job_id)
+    assert job_id not in {one.job_id for one in worker.executions()}
 
 
 # == helpers =====================================================================================================
@@ -136,12 +150,25 @@ def test_a_producer_killed_between_commit_and_message_costs_seconds(steady: Syst
 _KILLED_PRODUCER = """
 import os, signal, uuid
 from jobs.settings import Settings
+from jobs.states import Lane
 from producer.client import Producer
 
 producer = Producer(Settings.load())
-producer.dispatcher.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-producer.submit(model="slow", prompt="x", job_id=uuid.UUID("{job_id}"))
+
+def kill(*_, **__):
+    producer.dispatcher.depth("slow", Lane.INTERACTIVE, 10.0)  # once what was begun has been sent
+    os.kill(os.getpid(), signal.SIGKILL)
+
+producer.{moment} = kill
+producer.submit(model="slow", prompt="x", job_id=uuid.UUID("{job_id}"), idempotency_key={key!r})
 """
+
+
+def _kill_producer(system: System, moment: str, job_id: UUID, key: str | None = None) -> None:
+    """While it submits this job, instead of that call."""
+    code = _KILLED_PRODUCER.format(moment=moment, job_id=job_id, key=key)
+    child = subprocess.run([sys.executable, "-c", code], env=_inherited() | system.settings.environment(), check=False)
+    assert child.returncode == -signal.SIGKILL
 
 
 def _garbage(bomb: Path) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ from jobs.signals import CANCEL, ENDED, Signals
 from jobs.signing import MessageSigner
 from jobs.states import Lane, State
 from kit.contract import Tables, Worker
-from kit.databases import SECRET, temporary_database
+from kit.databases import SECRET, connect, temporary_database
 from kit.waiting import wait_until
 from producer.client import Producer
 
@@ -153,13 +153,34 @@ def test_submit_of_a_request(client: Producer) -> None:
 
 
 def test_submit_again_with_the_same_id(client: Producer, settings: Settings, broker: redis.Redis) -> None:
-    """A client that does not know whether its submit arrived repeats it: one job, one message."""
+    """A client that does not know whether its submit arrived repeats it: one job; a second message does no harm."""
     job_id = new_id()
     first = client.submit(job_id=job_id, model="echo", prompt="hello")
     assert client.submit(job_id=job_id, model="echo", prompt="hello").id == first.id == job_id
-    assert len(interactive(broker, settings)) == 1
+    assert {message["id"] for message in interactive(broker, settings)} == {str(job_id)}
     with pytest.raises(IdempotencyConflict):
         client.submit(job_id=job_id, model="echo", prompt="other")
+
+
+def test_the_message_goes_out_while_the_row_is_committed(
+    client: Producer, settings: Settings, tables: Tables, broker: redis.Redis
+) -> None:
+    """Both ways take about as long. A job that may turn out to be another one, or to be blocked, waits for its row."""
+    with connect(str(settings.database_url)) as other, ThreadPoolExecutor(3) as threads:
+        other.execute("BEGIN; LOCK TABLE jobs IN SHARE MODE")
+        plain = threads.submit(client.submit, model="echo", prompt="hello")
+        held_back = [threads.submit(client.submit, model="echo", messages=HELLO, **more) for more in _HOLDING_BACK]
+        wait_until(lambda: tables.value(_BLOCKED) == 3, PATIENCE_SECONDS, "all wait for the table")
+        [message] = wait_until(lambda: interactive(broker, settings), PATIENCE_SECONDS, "one message is there")
+        assert tables.value("SELECT count(*) FROM jobs") == 0
+        other.execute("COMMIT")
+        assert message["id"] == str(plain.result().id)
+        ids = {str(one.result().id) for one in [plain, *held_back]}
+        assert {message["id"] for message in interactive(broker, settings)} == ids
+
+
+_HOLDING_BACK: list[dict[str, Any]] = [{"idempotency_key": "k"}, {"conversation": "c"}]
+_BLOCKED = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 def test_submit_again_with_the_same_key(client: Producer, settings: Settings, broker: redis.Redis) -> None:

@@ -79,6 +79,8 @@ class FakeStore:
     """A backlog to claim from; `outages` is how many calls fail first."""
 
     waiting: list[JobRequest] = field(default_factory=list)
+    committing: list[JobRequest] = field(default_factory=list)  # in the backlog once somebody has looked thrice
+    looks: int = 0
     outages: int = 0
     asked: list[int] = field(default_factory=list)  # how many rows each claim wanted
 
@@ -95,6 +97,14 @@ class FakeStore:
             raise StoreUnavailable("Postgres is away")
         rows, self.waiting = self.waiting[:count], self.waiting[count:]
         return [claim_of(token, request=row, lane=Lane.BULK) for row, token in zip(rows, tokens, strict=False)]
+
+    def exists(self, _: UUID) -> bool:
+        self.looks += 1
+        if self.committing and self.looks < 3:
+            return False
+        self.waiting += self.committing
+        self.committing = []
+        return True
 
     def history(self, *_: Any) -> list[dict[str, str]]:
         raise StoreUnavailable("Postgres is away")

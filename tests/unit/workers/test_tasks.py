@@ -49,6 +49,22 @@ def test_a_message_for_a_job_that_is_gone_is_not_ours(host: Any) -> None:
     assert host.hands.tokens() == []
 
 
+def test_a_message_that_is_faster_than_its_row_waits_for_it(host: Any) -> None:
+    """It was sent while the row was being committed: the row is looked for, and then claimed."""
+    host.store.committing = requests(1)
+    assert tasks.run_job(host.real(), new_id()) == "succeeded"
+    assert host.store.looks == 3
+
+
+def test_a_message_whose_row_never_comes_is_not_ours(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commit failed: after a while nobody looks any more."""
+    monkeypatch.setattr(host.store, "exists", lambda _: False)
+    with pytest.raises(tasks.NotOurs):
+        tasks.run_job(host.real(), new_id())
+    assert host.store.asked == [1]
+    assert host.hands.tokens() == []
+
+
 def test_a_failed_job_raises_after_its_commit(host: Any) -> None:
     """The monitor sees a failed task, whose message is the job's error; the settlement came first."""
     host.store.waiting = [JobRequest.parse({"model": "echo", "messages": [{"role": "system", "content": "x"}]})]
