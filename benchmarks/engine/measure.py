@@ -19,7 +19,7 @@ from benchmarks.engine.plan import Run, runs
 from benchmarks.engine.results import Results, summary, write
 from benchmarks.turns import held
 
-_LIMIT_SECONDS = 900  # of one run; a peer that hangs must not keep the others
+_LIMIT_SECONDS = 1800  # of one run; a peer that hangs must not keep the others
 _ERROR_LINES = 3
 _TOLERATED_CORES = 0.2
 
@@ -38,7 +38,7 @@ def measure(*, quick: bool, rounds: int | None = None, only_width: int | None = 
         ceiling = {} if quick else _roofline()
     results = Results()
     for number in range(rounds or (1 if quick else 3)):
-        best = results.best_widths() if number else {}
+        best = results.worth_repeating() if number else {}
         for run in runs(number, best, quick=quick, only_width=only_width):
             if run.case.engine in absent:
                 continue

