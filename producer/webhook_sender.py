@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from http import HTTPStatus
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import httpcore2
 import orjson
@@ -28,6 +28,7 @@ from producer.public_network import PublicNetwork
 
 log = logging.getLogger(__name__)
 
+Outcome: TypeAlias = Literal["delivered", "failed", "given_up"]
 Headers: TypeAlias = dict[bytes | str, bytes | str]
 
 _LOOK_SECONDS = 0.5
@@ -58,13 +59,14 @@ class _Refused(Exception):
 
 
 class WebhookSender:
-    """One process's. `run` it until it is cancelled."""
+    """One process's. `run` it until it is cancelled. `attempts` counts what came of those it has noted."""
 
     def __init__(self, producer: Producer, network: httpcore2.AsyncNetworkBackend | None = None) -> None:
         self._producer = producer
         self._webhooks = producer.webhooks
         self._network = network or PublicNetwork(producer.settings.webhook_networks)
         self._under_way: dict[asyncio.Task[None], str] = {}  # and whose they are
+        self.attempts: Counter[Outcome] = Counter()
 
     async def run(self) -> None:
         """Send what is due, again and again. What is under way at the end is made again by others."""
@@ -108,9 +110,10 @@ class WebhookSender:
             try:
                 await _post(pool, delivery.url, body, headers)
             except _Refused as refused:
-                await run_sync(self._note_failure, delivery, refused)
+                self.attempts[await run_sync(self._note_failure, delivery, refused)] += 1
             else:
                 await run_sync(self._webhooks.delivered, delivery)
+                self.attempts["delivered"] += 1
         except NotFound:
             log.info("webhook %s is not told: what ended was deleted meanwhile", delivery.id)
         except StoreUnavailable as error:
@@ -133,12 +136,13 @@ class WebhookSender:
         assert delivery.batch_id is not None
         return producer.api_batches.get(delivery.batch_id, delivery.tenant_id)
 
-    def _note_failure(self, delivery: Delivery, refused: _Refused) -> None:
+    def _note_failure(self, delivery: Delivery, refused: _Refused) -> Outcome:
         over = refused.final or delivery.attempts >= MAX_ATTEMPTS
         delay = None if over else delay_seconds(delivery.attempts)
         # No URL in a log: some carry a secret.
         log.info("webhook %s, attempt %d: %s", delivery.id, delivery.attempts, refused)
         self._webhooks.failed(delivery, str(refused)[:_MAX_ERROR_CHARACTERS], delay)
+        return "given_up" if over else "failed"
 
 
 def delay_seconds(attempts: int) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import get_args
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest, start_http_server
@@ -21,6 +22,7 @@ from jobs.leases import Worker
 from jobs.overview import EndedJobs, Ends, OpenJobs, open_jobs
 from jobs.states import Lane, State
 from producer.gateway.service import MAY_ADMINISTER, Gateway, in_thread
+from producer.webhook_sender import Outcome
 
 router = APIRouter(tags=["probes"])
 
@@ -142,7 +144,7 @@ class SystemCollector(Collector):
             if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
                 self._found = self._look()
                 self._looked_at = time.monotonic()
-            return [_refused(self._gateway), *self._found]
+            return [_refused(self._gateway), _webhooks(self._gateway), *self._found]
 
     def _look(self) -> list[Metric]:
         """Whoever asks for figures is not to wait for a Postgres that is known to be away."""
@@ -170,6 +172,17 @@ def _refused(gateway: Gateway) -> Metric:
     refused = gateway.producer.refused_messages + gateway.follower.refused_messages
     about = "Messages in Redis that this gateway refused, for none of us signed them."
     return CounterMetricFamily("headrace_refused_messages", about, value=refused)
+
+
+def _webhooks(gateway: Gateway) -> Metric:
+    attempts = CounterMetricFamily(
+        "headrace_webhook_attempts",
+        "Webhooks that this gateway sent, by what came of it; a failed one is tried again.",
+        labels=("outcome",),
+    )
+    for outcome in get_args(Outcome):
+        attempts.add_metric((outcome,), gateway.webhooks.attempts[outcome])
+    return attempts
 
 
 def _of_open_jobs(jobs: Sequence[OpenJobs], workers: Sequence[Worker]) -> Iterator[Metric]:

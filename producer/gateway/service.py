@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -38,6 +38,7 @@ class Gateway:
     runner: BatchRunner
     sessions: Sessions
     screen: Screen
+    webhooks: WebhookSender
     configured: frozenset[str]  # names of models that have a table, or come with us
 
     def models(self) -> list[str]:
@@ -52,19 +53,16 @@ async def opened(producer: Producer, sessions: Sessions) -> AsyncIterator[Gatewa
     configured = frozenset(catalog_of(producer.settings).names())
     runner = BatchRunner(producer, lambda model: model in configured or model in admission.served)
     async with Follower(producer) as follower, Screen() as screen:
-        tasks = [asyncio.create_task(work) for work in _tasks(producer, admission)]
+        webhooks = WebhookSender(producer)
+        tasks = [asyncio.create_task(work) for work in (admission.run(), webhooks.run(), Chains(producer).run())]
         runner.start()
         try:
-            yield Gateway(producer, follower, admission, runner, sessions, screen, configured)
+            yield Gateway(producer, follower, admission, runner, sessions, screen, webhooks, configured)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await run_sync(runner.close)
-
-
-def _tasks(producer: Producer, admission: Admission) -> list[Coroutine[Any, Any, None]]:
-    return [admission.run(), WebhookSender(producer).run(), Chains(producer).run()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,15 +93,16 @@ def hook() -> Iterator[Receiver]:
 
 
 @contextmanager
-def sending(producer: Producer, network: PublicNetwork | None = None) -> Iterator[None]:
+def sending(producer: Producer, network: PublicNetwork | None = None) -> Iterator[WebhookSender]:
     """A sender at work."""
     loop = asyncio.new_event_loop()
-    task = loop.create_task(WebhookSender(producer, network).run())
+    sender = WebhookSender(producer, network)
+    task = loop.create_task(sender.run())
     task.add_done_callback(lambda _: loop.stop())
     thread = threading.Thread(target=loop.run_forever, name="sender", daemon=True)
     thread.start()
     try:
-        yield
+        yield sender
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join()
@@ -349,7 +350,7 @@ def test_a_late_sender_changes_nothing(producer: Producer, worker: Worker, hook:
 
 def test_it_is_given_up_in_the_end(producer: Producer, worker: Worker, tables: Tables, webhooks: Webhooks) -> None:
     """After its last attempt; it is listed, and can be had again."""
-    with receiver([500]) as hook, sending(producer):
+    with receiver([500]) as hook, sending(producer) as sender:
         job = submit(producer, hook.url)
         worker.run(job)
         await_attempt(tables, 1)
@@ -362,6 +363,8 @@ def test_it_is_given_up_in_the_end(producer: Producer, worker: Worker, tables: T
         assert webhooks.retry_all("acme") == 0
         assert webhooks.retry_all() == 1
         await_delivered(tables)
+        each_once = {"failed": 1, "given_up": 1, "delivered": 1}
+        wait_until(lambda: sender.attempts == each_once, PATIENCE_SECONDS, "all three are counted")
     with pytest.raises(NotFound):
         webhooks.retry(record.id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,11 +36,20 @@ class Rows:
 def gateway_with(leases: Leases, *, store_answers: bool = True) -> Any:
     heard = SimpleNamespace(refused_messages=2)
     producer = SimpleNamespace(leases=leases, database=Rows(), refused_messages=1)
-    return SimpleNamespace(producer=producer, follower=heard, admission=SimpleNamespace(store_answers=store_answers))
+    return SimpleNamespace(
+        producer=producer,
+        follower=heard,
+        admission=SimpleNamespace(store_answers=store_answers),
+        webhooks=SimpleNamespace(attempts=Counter(delivered=4)),
+    )
 
 
 def values(collector: SystemCollector) -> dict[str, float]:
-    return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
+    return {
+        "/".join((sample.name, *sample.labels.values())): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -47,7 +57,9 @@ def test_without_postgres_its_figures_are_left_out(known: bool) -> None:  # noqa
     """What is not known is not told as 0; if it is known to be away, nobody waits for it."""
     leases = Leases(answers=False)
     found = values(SystemCollector(gateway_with(leases, store_answers=not known)))
-    assert found == {"headrace_store_up": 0, "headrace_refused_messages_total": 3}
+    webhooks = {f"headrace_webhook_attempts_total/{one}": 0 for one in ("failed", "given_up")}
+    webhooks["headrace_webhook_attempts_total/delivered"] = 4
+    assert found == {"headrace_store_up": 0, "headrace_refused_messages_total": 3} | webhooks
     assert leases.asked == (0 if known else 1)
 
 
