@@ -47,7 +47,7 @@ from workers.health import HealthFolder
 from workers.host import Host
 from workers.loops import Loop
 from workers.proof import ConsumptionProof
-from workers.transport import Transport
+from workers.transport import Connection, Transport
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def worker_app(settings: Settings, host: Host) -> Celery:
     """The Celery application whose tasks run on this host."""
     app = celery_app(settings)
     app.conf.broker_transport = "workers.transport:Transport"
+    app.amqp.Connection = Connection
     proofs = proof_queue_name(host.spec.name, host.worker_id)
     # Proofs first: no backlog may hold them up.
     names = [proofs, *(queue_name(host.spec.name, lane) for lane in (Lane.INTERACTIVE, Lane.BULK))]

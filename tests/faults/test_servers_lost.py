@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import psutil
@@ -159,15 +160,25 @@ def test_jobs_outlive_sessions_that_are_ended_every_second(
     assert len(witness.first_read) >= 9 * rounds
 
 
-@pytest.mark.parametrize("seconds", [8.0, pytest.param(300.0, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+_FIVE_MINUTES = pytest.param(300.0, (5.0, 20.0), marks=[pytest.mark.soak, pytest.mark.timeout(600)])
+
+
+@pytest.mark.parametrize(("seconds", "pause_seconds"), [(8.0, (0.0, 0.0)), _FIVE_MINUTES])
 def test_jobs_outlive_a_postgres_that_stops_and_starts(
-    fragile_system: System, own_servers: Servers, worker: WorkerProcesses, seconds: float
+    fragile_system: System,
+    own_servers: Servers,
+    worker: WorkerProcesses,
+    seconds: float,
+    pause_seconds: tuple[float, float],
 ) -> None:
     """Stopped at once, without a word to anybody, and started, again and again: no accepted job is lost."""
+    chance = random.Random(7)
     until = time.monotonic() + seconds
     with Witness(fragile_system, claims_forgotten=True) as witness:
         while time.monotonic() < until:
             witness.saw(*_submit(fragile_system, 3), *_submit_bulk(fragile_system, 6))
+            due = time.monotonic() + chance.uniform(*pause_seconds)
+            wait_until(lambda due=due: time.monotonic() >= due, PATIENCE_SECONDS, "some seconds are over")
             own_servers.postgres.stop(immediate=True)
             own_servers.postgres.start()
         with Recovery("a Postgres that stops and starts", within_seconds=60):
