@@ -58,7 +58,8 @@ class _Link:
     def cut(self) -> None:
         """Both ends see a reset."""
         for writer in (self.client, self.server):
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            if not writer.transport.is_closing():  # by itself: its socket may be closed already
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
 
