@@ -154,9 +154,14 @@ class Producer:
             self.dispatcher.finish(sending or self.dispatcher.begin(waiting))
         return accepted.job
 
+    @property
+    def _quota(self) -> int | None:
+        """Tokens a minute of the key, if there is one and it has one."""
+        return None if self._key is None else self._key.quota_tokens_per_minute
+
     def _is_sure(self, checked: JobRequest, after: UUID | None) -> bool:
         """Whether nothing but a failure of Postgres can keep a request that was checked from being queued now."""
-        may_be_refused = self._key is not None and self._key.quota_tokens_per_minute is not None
+        may_be_refused = self._quota is not None
         may_be_known = checked.idempotency_key is not None
         may_be_blocked = checked.conversation is not None or after is not None
         return not (may_be_refused or may_be_known or may_be_blocked)
@@ -191,9 +196,9 @@ class Producer:
 
     def _accept(self, job_id: UUID, checked: JobRequest, kept: JobRequest, **how: Any) -> Accepted:
         """What is `kept` of a request that was checked; `how` it came over the API."""
-        if self._key is None or self._key.quota_tokens_per_minute is None:
+        if self._key is None or self._quota is None:
             return self.store.accept(job_id, kept, self.settings.max_attempts, self.tenant_id, **how)
-        tokens = within_quota(self._key.quota_tokens_per_minute, self.validator.most_tokens(checked))
+        tokens = within_quota(self._quota, self.validator.most_tokens(checked))
         try:
             self.quotas.reserve(self._key, tokens)
         except QuotaExceeded:

