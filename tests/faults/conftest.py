@@ -16,11 +16,10 @@ from kit.systems import SHORT_LEASES, System, system_on
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 
-_SLOW = {"engine": "echo", "slots": 4, "seconds_per_token": 0.02}
+_SLOW = {"engine": "echo", "slots": 4, "seconds_per_token": 0.02, "obeys_faults": True}
 MODELS: dict[str, dict[str, Any]] = {
     "slow": _SLOW,
     "other": _SLOW,
-    "faulty": _SLOW | {"obeys_faults": True},
     "wide": {"engine": "echo", "slots": 64, "seconds_per_token": 0.02},
 }
 _GONE_SECONDS = 30.0

@@ -1,6 +1,6 @@
 """One process of a worker is killed or hangs, or all of them at once: its jobs run again within 15 s of a kill.
 
-The scenarios run at once, each with a worker of its own under the default lease.
+The scenarios run at once, each with a worker of its own that has the default lease.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 from jobs.schema import Job
 from jobs.states import State
+from kit.invariants import Witness
 from kit.proxied import DEFAULTS, Behind, Scenario, side_by_side, standby
 from kit.recovery import Recovery
 from kit.systems import PATIENCE_SECONDS, System
@@ -35,7 +36,7 @@ def a_killed_engine_is_started_again_and_its_jobs_run_again(behind: Behind) -> N
 
 
 def an_engine_that_does_not_answer_is_killed_and_started_again(behind: Behind) -> None:
-    """A frozen engine is noticed after HEADRACE_ENGINE_HANG_SECONDS; the worker keeps its lease meanwhile."""
+    """A frozen engine is noticed after a while; the worker keeps its lease meanwhile."""
     identity, engine = behind.worker.await_ready().id, behind.worker.engine
     jobs = _begun(behind)
     engine.suspend()
@@ -88,6 +89,46 @@ def a_consumer_that_drains_without_postgres_ends_in_time(behind: Behind) -> None
     _assert_all_succeed(jobs, behind, ["lost", "succeeded"])
 
 
+def an_engine_that_hangs_in_a_step_is_not_ready_and_its_jobs_run_again(behind: Behind) -> None:
+    """A probe sees it within seconds; the engine is killed, and what it held goes back uncharged."""
+    behind.await_shows_ready()
+    with Witness(behind.system) as witness:
+        neighbours = behind.begun(2, PROMPT)
+        with Recovery("a hanging engine, until its jobs are queued", within_seconds=30):
+            with Recovery("a hanging engine, until it is not ready", within_seconds=10):
+                [culprit] = behind.submit(1, "!hang")
+                behind.await_shows_unready()
+            tables = behind.system.tables
+            wait_until(lambda: "released" in tables.outcomes(neighbours[0].id), PATIENCE_SECONDS, "given back")
+        behind.system.producer.cancel(culprit.id)  # it would hang again, alone
+        witness.saw(culprit, *neighbours)
+        witness.check()
+
+    assert behind.system.producer.get(culprit.id).state is State.CANCELLED
+    _assert_all_succeed(neighbours, behind, ["released", "succeeded"])
+
+
+def a_job_that_kills_its_engine_each_time_fails_alone(behind: Behind) -> None:
+    """It fails after three attempts and says why; those beside it finish and are charged for no attempt of theirs."""
+    consumer = behind.worker.consumer
+    with Witness(behind.system) as witness:
+        neighbours = behind.begun(3, PROMPT)
+        with Recovery("a job that kills its engine", within_seconds=90):
+            [poison] = behind.submit(1, "!exit")
+            later = behind.system.producer.submit_many([{"model": "slow", "prompt": PROMPT}] * 3)
+            ended = behind.system.wait(poison.id)
+        witness.saw(poison, *neighbours, *later)
+        witness.check()
+
+    assert (ended.state, ended.attempts) == (State.FAILED, 3)
+    assert ended.error is not None
+    assert ended.error.code == "engine_lost"
+    assert behind.system.tables.outcomes(poison.id)[-3:] == ["retried", "retried", "failed"]
+    others = [behind.system.producer.get(job.id) for job in [*neighbours, *later]]
+    assert {(job.state, job.text, job.attempts) for job in others} == {(State.SUCCEEDED, PROMPT, 1)}
+    assert behind.worker.consumer == consumer
+
+
 # == helpers =====================================================================================================
 
 
@@ -129,13 +170,15 @@ SCENARIOS: list[Scenario] = [
     engine_and_consumer_end_with_their_killed_supervisor,
     jobs_of_a_worker_that_is_killed_as_a_whole_run_elsewhere,
     a_consumer_that_drains_without_postgres_ends_in_time,
+    an_engine_that_hangs_in_a_step_is_not_ready_and_its_jobs_run_again,
+    a_job_that_kills_its_engine_each_time_fails_alone,
 ]
 
 
 @pytest.fixture(scope="module")
 def outcomes(new_system: Callable[..., System]) -> Iterator[dict[str, Future[None]]]:
     """How each scenario came out."""
-    with side_by_side(SCENARIOS, new_system, drain_seconds=DRAIN_SECONDS, engine_hang_seconds=8.0) as outcomes:
+    with side_by_side(SCENARIOS, new_system, drain_seconds=DRAIN_SECONDS) as outcomes:
         yield outcomes
 
 
