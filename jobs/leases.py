@@ -100,6 +100,10 @@ class Leases:
         """The worker says goodbye; what it should still hold is the sweeper's at once."""
         self._set(worker_id, WorkerState.STOPPED)
 
+    def bury(self, worker_id: UUID) -> None:
+        """The worker's process has ended: if it said no goodbye, what it held is the sweeper's at once."""
+        self._set(worker_id, WorkerState.DEAD)
+
     def _set(self, worker_id: UUID, state: WorkerState) -> None:
         fields = {"id": worker_id, "state": str(state)}
         self.database.rows(_SET_STATE, fields)

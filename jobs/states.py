@@ -71,7 +71,7 @@ class WorkerState(StrEnum):
     LIVE = "live"
     DRAINING = "draining"  # finishes what it holds, claims nothing
     STOPPED = "stopped"  # said goodbye
-    DEAD = "dead"  # its lease ran out
+    DEAD = "dead"  # its process ended without a goodbye, or its lease ran out
 
 
 class BatchState(StrEnum):

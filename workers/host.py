@@ -139,6 +139,7 @@ class Host:
         self.company = Company(lambda: engine.open_requests)
         self.format = load_prompt_format(spec)
         self._health = health
+        self._incarnation = socket_path.with_name("worker")
         self._engine_moves = False
         self._meter = Meter()
         self._latencies = {str(lane): Latencies() for lane in Lane}
@@ -242,6 +243,7 @@ class Host:
             log.warning("could not say goodbye: %s", error)
 
     def _register(self) -> None:
+        self._bury_former()
         info = orjson.dumps({"served_by": self.served_by, "tier": self.spec.tier}).decode()
         asked_at = time.monotonic()
         self._leases.register(
@@ -254,6 +256,17 @@ class Host:
         )
         self._lease_ends = asked_at + self.settings.lease_seconds
         self._busy_before = self.engine.busy_seconds
+
+    def _bury_former(self) -> None:
+        """A supervisor starts a consumer when the one before has ended: nobody need wait for the end of its lease."""
+        if self._incarnation.exists():
+            try:
+                self._leases.bury(UUID(self._incarnation.read_text()))
+            except StoreUnavailable as error:
+                log.warning("the lease of the consumer before has to run out: %s", error)
+        fresh = self._incarnation.with_suffix(".new")
+        fresh.write_text(str(self.worker_id))
+        fresh.replace(self._incarnation)
 
     # -- heartbeat ----------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.run_one")
     parser.add_argument("--engine", choices=CONTESTANTS, default="headrace")
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "int8"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32", "int8"), default="bf16")
     parser.add_argument("--width", type=int, default=16, help="rows computed together")
     parser.add_argument("--reuse", action="store_true", help="let requests share cached keys and values")
     parser.add_argument("--quick", action="store_true", help="a small model and few requests")

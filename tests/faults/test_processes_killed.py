@@ -46,7 +46,7 @@ def an_engine_that_does_not_answer_is_killed_and_started_again(behind: Behind) -
 
 
 def a_killed_consumer_is_started_again_beside_the_same_engine(behind: Behind) -> None:
-    """The consumer's death leaves the engine its model; the jobs run again under the new consumer's lease."""
+    """The consumer's death leaves the engine its model; the next one does not wait for the end of its lease."""
     worker, jobs = behind.worker, _begun(behind)
     consumer, engine = worker.consumer, worker.engine
     with _run_again(jobs, behind, "a killed consumer"):

@@ -10,13 +10,16 @@ from typing import Protocol
 
 from headrace.bench import Load
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""Of those engines that compute with torch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """How an engine is to be loaded."""
 
     folder: Path  # of the model
-    precision: str  # bf16, fp16 or int8, of the weights
+    precision: str  # bf16, fp16, fp32 or int8, of the weights
     width: int  # rows computed together
     threads: int
     reuse: bool = False  # whether cached keys and values of earlier requests may be used

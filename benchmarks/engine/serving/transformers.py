@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.engine.serving import Answer, Setup, Then
+from benchmarks.engine.serving import DTYPES, Answer, Setup, Then
 from headrace.bench import Load
 
 
@@ -22,7 +22,7 @@ def _model(setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(setup.threads)
-    model = AutoModelForCausalLM.from_pretrained(setup.folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(setup.folder, dtype=DTYPES[setup.precision]).eval()
     model.generation_config.eos_token_id = None  # an answer has the length that was asked for
     return model
 

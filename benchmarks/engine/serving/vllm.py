@@ -7,7 +7,7 @@ torch.compile on. It brings no int8 weights of its own for a checkpoint in bf16.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.engine.serving import Answer, Setup, Then
+from benchmarks.engine.serving import DTYPES, Answer, Setup, Then
 from headrace.bench import Load
 
 
@@ -17,7 +17,7 @@ def load(setup: Setup) -> "Vllm":
 
     llm = vllm.LLM(
         str(setup.folder),
-        dtype="bfloat16",
+        dtype=DTYPES[setup.precision],
         max_num_seqs=setup.width,
         max_model_len=setup.context_tokens,
         kv_cache_memory_bytes=setup.kv_memory_gib * 2**30,

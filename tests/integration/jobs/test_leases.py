@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from uuid import uuid4
+from collections.abc import Callable
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -109,15 +110,26 @@ def test_drain_and_stop(store: Store, worker: Worker) -> None:
     assert [one.state for one in worker.leases.list(live=False)] == [WorkerState.STOPPED]
 
 
-def test_what_a_stopped_worker_left_is_swept_at_once(store: Store, worker: Worker) -> None:
-    """A worker that says goodbye with rows in its hands does not make them wait for its lease."""
+@pytest.mark.parametrize(("end", "state"), [(Leases.stop, WorkerState.STOPPED), (Leases.bury, WorkerState.DEAD)])
+def test_what_a_worker_left_that_is_known_to_be_gone_is_swept_at_once(
+    end: Callable[[Leases, UUID], None], state: WorkerState, store: Store, worker: Worker
+) -> None:
+    """One that says goodbye with rows in its hands, or whose process has ended: nobody waits for its lease."""
     job_id = accept(store)
     worker.claim(job_id)
-    worker.leases.stop(worker.id)
+    end(worker.leases, worker.id)
     swept = store.sweep([])
     assert swept is not None
     assert swept.requeued == 1
     assert store.get(job_id).state is State.QUEUED
+    assert [one.state for one in worker.leases.list(live=False)] == [state]
+
+
+def test_who_has_said_goodbye_is_not_buried(worker: Worker) -> None:
+    """It did not die."""
+    worker.leases.stop(worker.id)
+    worker.leases.bury(worker.id)
+    assert [one.state for one in worker.leases.list(live=False)] == [WorkerState.STOPPED]
 
 
 def test_renew_tells_of_cancels(store: Store, worker: Worker, database: Database) -> None:
