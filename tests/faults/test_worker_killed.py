@@ -97,6 +97,18 @@ def test_a_worker_that_wakes_up_late_changes_nothing_and_goes_on_as_a_new_one(sy
     assert _versions(system, job) == before
 
 
+def test_a_killed_consumer_takes_its_lease_along(system: System) -> None:
+    """However much of it was left: the next consumer under the same supervisor knows that the one before has ended."""
+    worker = system.start("slow", lease_seconds=10 * PATIENCE_SECONDS)
+    identity, job = worker.await_ready().id, _begun(system, worker, PROMPT)
+    with Recovery("a killed consumer with a long lease", within_seconds=15):
+        worker.consumer.kill()
+        ended = system.wait(job.id)
+    assert (ended.state, ended.text) == (State.SUCCEEDED, PROMPT)
+    assert system.tables.outcomes(job.id) == ["lost", "succeeded"]
+    assert worker.await_ready().id != identity
+
+
 def test_jobs_whose_workers_die_under_them_end_as_lost_or_cancelled(system: System) -> None:
     """With no attempt left a job fails and says why; one that was to be cancelled is; neither is charged."""
     system.launch("echo")  # sweeps
