@@ -14,7 +14,7 @@ from kit.bulk import start_run, write_questions
 from kit.invariants import Witness, check_output
 from kit.systems import PATIENCE_SECONDS, System
 
-LINES = 400
+LINES = 300
 _LONGEST_SECONDS = 2.0
 
 

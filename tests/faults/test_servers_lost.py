@@ -44,7 +44,7 @@ def test_queued_jobs_outlive_a_flush_of_redis(
     assert _executions(worker, jobs) == [1] * len(jobs)
 
 
-@pytest.mark.parametrize("seconds", [6.0, pytest.param(60.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(60.0, marks=pytest.mark.soak)])
 def test_bulk_and_interactive_jobs_outlive_a_redis_that_is_down(
     fragile_system: System, own_servers: Servers, worker: WorkerProcesses, seconds: float
 ) -> None:
@@ -148,7 +148,7 @@ def test_jobs_outlive_sessions_that_are_ended_every_second(
     fragile_system: System, own_servers: Servers, worker: WorkerProcesses
 ) -> None:
     """Whatever Postgres was asked when the session ended is asked again, and is done once."""
-    rounds = 6
+    rounds = 4
     with Witness(fragile_system) as witness:
         for _ in range(rounds):
             due = time.monotonic() + 1.0
@@ -163,7 +163,7 @@ def test_jobs_outlive_sessions_that_are_ended_every_second(
 _FIVE_MINUTES = pytest.param(300.0, (5.0, 20.0), marks=[pytest.mark.soak, pytest.mark.timeout(600)])
 
 
-@pytest.mark.parametrize(("seconds", "pause_seconds"), [(8.0, (0.2, 1.0)), _FIVE_MINUTES])
+@pytest.mark.parametrize(("seconds", "pause_seconds"), [(5.0, (0.2, 1.0)), _FIVE_MINUTES])
 def test_jobs_outlive_a_postgres_that_stops_and_starts(
     fragile_system: System,
     own_servers: Servers,
