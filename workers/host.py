@@ -186,6 +186,7 @@ class Host:
         health = self.engine.open(self.settings.engine_start_seconds)
         self.slots = health.slots
         self.served_by = f"{health.model} on {health.engine}, {health.quantization}, {health.device}"
+        self._bury_former()
         self._register()
         self.committer.start()
         self.teller.start()
@@ -243,7 +244,7 @@ class Host:
             log.warning("could not say goodbye: %s", error)
 
     def _register(self) -> None:
-        self._bury_former()
+        self._leave_name()
         info = orjson.dumps({"served_by": self.served_by, "tier": self.spec.tier}).decode()
         asked_at = time.monotonic()
         self._leases.register(
@@ -264,6 +265,9 @@ class Host:
                 self._leases.bury(UUID(self._incarnation.read_text()))
             except StoreUnavailable as error:
                 log.warning("the lease of the consumer before has to run out: %s", error)
+
+    def _leave_name(self) -> None:
+        """For the consumer after this one."""
         fresh = self._incarnation.with_suffix(".new")
         fresh.write_text(str(self.worker_id))
         fresh.replace(self._incarnation)
