@@ -53,7 +53,11 @@ _CONNECT_ARGS: dict[str, Any] = {
 _ANSWER_SECONDS = 30.0
 # The locks of a client that vanished in a transaction are held for as long.
 _IDLE_SECONDS = 10.0
-_SESSION = "-c statement_timeout=60s -c timezone=UTC"
+# As patient as we are: the sessions of a machine that is gone would count against the server's maximum for two hours.
+_SESSION = (
+    "-c statement_timeout=60s -c timezone=UTC"
+    " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
+)
 _RELAXED = "synchronous_commit=off"
 _RELAX = text(f"SET LOCAL {_RELAXED}")
 
@@ -185,6 +189,7 @@ class _Connection(psycopg.Connection[Any]):
 
     peer = _Peer()
     opened_at = math.inf
+    was_used = False
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """As psycopg's, but bounded; then it is closed, for its answer may still come."""
@@ -205,9 +210,11 @@ def _engine(
         connection.peer, connection.opened_at = peer, opened_at
         return connection
 
-    def check_out(connection: Any, _record: Any, _pooled: Any) -> None:
-        if connection.opened_at < peer.lost_at:
+    def check_out(connection: _Connection, _record: Any, _pooled: Any) -> None:
+        # One opened for this use is tried, whatever was lost meanwhile: SQLAlchemy gives up after a second refusal.
+        if connection.was_used and connection.opened_at < peer.lost_at:
             raise DisconnectionError("it stood when another one was lost")
+        connection.was_used = True
 
     engine = create_engine(
         url,
@@ -282,7 +289,7 @@ def _relaxed(work: Callable[[Connection], T]) -> Callable[[Connection], T]:
 def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOBODY) -> T:
     pooled = engine.raw_connection()
     driver = pooled.driver_connection
-    assert driver is not None
+    assert isinstance(driver, _Connection)
 
     def execute(statement: TextClause, fields: Fields) -> list[Any]:
         cursor = driver.cursor(row_factory=namedtuple_row)
@@ -295,7 +302,7 @@ def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOB
             _speak_for(tenant, pooled, driver)
             return work(execute)
     finally:
-        _give_back(engine, pooled, driver)
+        _give_back(pooled, driver)
 
 
 def _speak_for(tenant: _Tenant, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:
@@ -305,10 +312,10 @@ def _speak_for(tenant: _Tenant, pooled: PoolProxiedConnection, driver: psycopg.C
         pooled.info[_ACTS_FOR] = tenant
 
 
-def _give_back(engine: Engine, pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:
+def _give_back(pooled: PoolProxiedConnection, driver: _Connection) -> None:
     """Into the pool if it can be used again; one that is lost was lost with all of its age."""
     if driver.closed:
-        engine.dispose()
+        driver.peer.lost_at = time.monotonic()
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:
         pooled.invalidate()
     pooled.close()
