@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadFileScheduling
 
 from headrace.servers import Servers
 from kit.canaries import has_leaked, watch
@@ -54,19 +54,11 @@ def _watch_passwords(*urls: str | None) -> None:
     watch(*(urlsplit(url).password for url in urls if url))
 
 
-class _Scheduling(LoadScopeScheduling):
-    """Of several processes one takes all fault tests, in order: they share servers. The others take file by file."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.partition("::")[0]
-        return _FAULTS if path.startswith(f"{_FAULTS}/") else path
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
-    """How tests are spread over processes (`-n 2`), each of which has servers of its own."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """How tests are spread over processes (`-n 2`), each of which has servers of its own: file by file."""
     config.option.loadscopereorder = False
-    return _Scheduling(config, log)
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

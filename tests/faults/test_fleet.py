@@ -19,8 +19,6 @@ from kit.waiting import wait_until
 
 PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
 WAITING = 10_000
-# Of each worker, over all of its pools: 8 + 8 + 8 for jobs, and one of each kind for heartbeats and sweeps.
-CONNECTIONS_OF_A_WORKER = 30
 _FAKETIME = Path("/usr/lib") / (os.uname().machine + "-linux-gnu") / "faketime" / "libfaketime.so.1"
 
 
@@ -116,8 +114,7 @@ def test_ten_thousand_waiting_jobs_outlive_a_restart_of_everything(fragile: Syst
             for worker in workers:
                 worker.await_ready()
             wait_until(lambda: len(witness.first_read) > ended + 1000, PATIENCE_SECONDS, "jobs end again")
-        connections = fragile.tables.value("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
-        assert connections <= len(workers) * CONNECTIONS_OF_A_WORKER + 20
+        fragile.check_connections(len(workers))
         witness.saw(*jobs)
         witness.check(2 * PATIENCE_SECONDS)
     assert fragile.tables.value("SELECT count(*) FROM jobs WHERE state = 'succeeded'") == WAITING

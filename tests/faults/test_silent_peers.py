@@ -123,6 +123,7 @@ def a_reply_lost_after_the_commit_doubles_nothing(behind: Behind) -> None:
         jobs += producer.submit_many({"model": "slow", "prompt": "x"} for _ in range(250))
         witness.saw(*jobs)
         wait_until(lambda: len(witness.first_read) >= 400, PATIENCE_SECONDS, "most have ended")
+        behind.system.check_connections(1)
         behind.database.heal()
         witness.check()
         same = [producer.submit(model="slow", prompt="x", idempotency_key=f"lost-{i}").id for i in range(250)]

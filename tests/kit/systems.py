@@ -22,6 +22,8 @@ from kit.workers import WorkerProcesses
 from producer.client import Producer
 
 PATIENCE_SECONDS = 120.0
+# Of each worker to Postgres, over all of its pools: 8 + 8 + 8 for jobs, and one of each kind for heartbeats and sweeps.
+CONNECTIONS_OF_A_WORKER = 30
 _OPEN = [state for state in State if not state.final]
 # So that a death is noticed in seconds. A worker of a test that must not be taken for dead keeps the defaults.
 SHORT_LEASES = {"lease_seconds": 3.0, "heartbeat_seconds": 0.5, "sweep_seconds": 0.5}
@@ -83,6 +85,11 @@ class System:
             pass
         self._tables = self._open.enter_context(closing(Tables(str(self.settings.database_url))))
         return self._tables
+
+    def check_connections(self, workers: int) -> None:
+        """No more of them to Postgres than so many workers may have, and a few of ours."""
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        assert self.tables.value(sessions) <= workers * CONNECTIONS_OF_A_WORKER + 20
 
     def wait(self, job_id: UUID) -> Job:
         """The job once it has ended."""
