@@ -72,10 +72,11 @@ def jobs_of_a_worker_whose_postgres_fell_silent_run_elsewhere(behind: Behind) ->
     identity = behind.worker.await_ready().id
     with Witness(behind.system) as witness:
         with standby(behind.system) as other:
-            jobs = behind.begun(3, PROMPT * 5)
+            jobs = behind.begun(3, PROMPT * 8)
             begun = partial(other.worker.has_begun, *(job.id for job in jobs))
             with Recovery("a silent Postgres", within_seconds=20):
                 behind.database.silence()
+                assert {behind.system.producer.get(job.id).state for job in jobs} == {State.RUNNING}
                 other.call()
                 wait_until(begun, PATIENCE_SECONDS, "they run elsewhere")
             witness.saw(*jobs)
