@@ -5,15 +5,21 @@ The scenarios run at once, each with a worker of its own behind proxies of its o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import pytest
 
-from kit.proxied import DEFAULTS, Behind, Scenario, side_by_side
+from jobs.states import State
+from kit.proxied import DEFAULTS, PROMPT, Behind, Scenario, side_by_side
 from kit.proxy import Proxy
 from kit.recovery import Recovery
-from kit.systems import System
+from kit.systems import PATIENCE_SECONDS, System
+from kit.waiting import wait_until
+
+# Of a worker with four slots.
+THREADS = 4 + 8
 
 
 def readiness_follows_redis(behind: Behind) -> None:
@@ -60,6 +66,26 @@ def a_worker_that_drains_is_not_ready_and_leaves_nothing_behind(behind: Behind) 
     assert list(behind.worker.health.iterdir()) == []
 
 
+def a_worker_with_every_thread_busy_stays_ready(behind: Behind, seconds: float = 12.0) -> None:
+    """No message arrives, and rightly so: for longer than a consumer may be deaf it is left alone."""
+    behind.await_shows_ready()
+    consumer = behind.worker.consumer
+    jobs = behind.submit(THREADS, PROMPT * 200)
+    behind.system.await_state([job.id for job in jobs], State.RUNNING)
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until or not behind.worker.shows_ready, PATIENCE_SECONDS, "a long time")
+    assert behind.worker.shows_ready
+    for job in jobs:
+        behind.system.producer.cancel(job.id)
+    behind.await_success(behind.submit())
+    assert behind.worker.consumer == consumer
+
+
+def for_a_minute(behind: Behind) -> None:
+    """The same."""
+    a_worker_with_every_thread_busy_stays_ready(behind, 60.0)
+
+
 # == helpers =====================================================================================================
 
 
@@ -82,6 +108,7 @@ SCENARIOS: list[Scenario] = [
     readiness_follows_the_processes,
     a_frozen_consumer_is_neither_ready_nor_alive,
     a_worker_that_drains_is_not_ready_and_leaves_nothing_behind,
+    a_worker_with_every_thread_busy_stays_ready,
 ]
 
 
@@ -96,3 +123,10 @@ def outcomes(new_system: Callable[..., System]) -> Iterator[dict[str, Future[Non
 def test_readiness(outcomes: dict[str, Future[None]], scenario: str) -> None:
     """What the scenario's own sentence says."""
     outcomes[scenario].result()
+
+
+@pytest.mark.soak
+def test_a_worker_with_every_thread_busy_for_a_minute_stays_ready(new_system: Callable[..., System]) -> None:
+    """Nor is it started again."""
+    with side_by_side([for_a_minute], new_system) as outcomes:
+        outcomes["for_a_minute"].result()
