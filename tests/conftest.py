@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from jobs.settings import Settings
 
 watch(SECRET)
-_FAULTS = "tests/faults"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Side by side the fault tests come first: they take longest."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith(f"{_FAULTS}/"))
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/faults/"))
 
 
 @pytest.hookimpl(wrapper=True)

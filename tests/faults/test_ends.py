@@ -11,14 +11,13 @@ from jobs.schema import Job
 from jobs.states import State
 from kit.invariants import Witness
 from kit.recovery import Recovery
-from kit.systems import PATIENCE_SECONDS, System
+from kit.systems import PATIENCE_SECONDS, THREADS, System
 from kit.threads import all_at_once
 from kit.waiting import wait_until
 
 ENDLESS = {"prompt": "again ", "max_tokens": 30_000, "ignore_eos": True}
 PAIRS = 1000
 CLIENTS = 8
-THREADS = 4 + 8
 
 
 @pytest.fixture(scope="module")

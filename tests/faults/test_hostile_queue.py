@@ -25,13 +25,12 @@ from jobs.states import Lane, State
 from jobs.store import Waiting
 from kit.invariants import Witness
 from kit.recovery import Recovery
-from kit.systems import PATIENCE_SECONDS, System
+from kit.systems import PATIENCE_SECONDS, THREADS, System
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 
 PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
 LONG = PROMPT * 10
-THREADS = 4 + 8
 _YAML = "application/x-yaml"
 _PICKLE = "application/x-python-serialize"
 

@@ -15,11 +15,8 @@ from jobs.states import State
 from kit.proxied import DEFAULTS, PROMPT, Behind, Scenario, side_by_side
 from kit.proxy import Proxy
 from kit.recovery import Recovery
-from kit.systems import PATIENCE_SECONDS, System
+from kit.systems import PATIENCE_SECONDS, THREADS, System
 from kit.waiting import wait_until
-
-# Of a worker with four slots.
-THREADS = 4 + 8
 
 
 def readiness_follows_redis(behind: Behind) -> None:
@@ -81,11 +78,6 @@ def a_worker_with_every_thread_busy_stays_ready(behind: Behind, seconds: float =
     assert behind.worker.consumer == consumer
 
 
-def for_a_minute(behind: Behind) -> None:
-    """The same."""
-    a_worker_with_every_thread_busy_stays_ready(behind, 60.0)
-
-
 # == helpers =====================================================================================================
 
 
@@ -128,5 +120,9 @@ def test_readiness(outcomes: dict[str, Future[None]], scenario: str) -> None:
 @pytest.mark.soak
 def test_a_worker_with_every_thread_busy_for_a_minute_stays_ready(new_system: Callable[..., System]) -> None:
     """Nor is it started again."""
+
+    def for_a_minute(behind: Behind) -> None:
+        a_worker_with_every_thread_busy_stays_ready(behind, 60.0)
+
     with side_by_side([for_a_minute], new_system) as outcomes:
         outcomes["for_a_minute"].result()

@@ -14,12 +14,11 @@ from jobs.schema import Job
 from jobs.states import Lane, State, WorkerState
 from kit.invariants import Witness
 from kit.recovery import Recovery
-from kit.systems import PATIENCE_SECONDS, System
+from kit.systems import PATIENCE_SECONDS, THREADS, System
 from kit.waiting import wait_until
 from kit.workers import WorkerProcesses
 
 PROMPT = "0123456789" * 3  # six tenths of a second of the slow engine
-THREADS = 4 + 8
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from kit.workers import WorkerProcesses
 from producer.client import Producer
 
 PATIENCE_SECONDS = 120.0
+# Of a worker with four slots.
+THREADS = 4 + 8
 # Of each worker to Postgres, over all of its pools: 8 + 8 + 8 for jobs, and one of each kind for heartbeats and sweeps.
 CONNECTIONS_OF_A_WORKER = 30
 _OPEN = [state for state in State if not state.final]
