@@ -197,6 +197,7 @@ class _Connection(psycopg.Connection[Any]):
             return super().wait(gen, interval, timeout or self.peer.answer_seconds)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - the public API has no such bound
             self.pgconn.finish()
+            self.peer.lost_at = time.monotonic()
             raise psycopg.OperationalError(f"no answer within {self.peer.answer_seconds:g} s") from None
 
 
@@ -215,10 +216,6 @@ def _engine(
             raise DisconnectionError("it stood when another one was lost")
         connection.was_used = True
 
-    def give_up(connection: _Connection, _record: Any, _error: Any) -> None:
-        if connection.closed:  # it was lost, and with it all of its age
-            peer.lost_at = time.monotonic()
-
     engine = create_engine(
         url,
         connect_args=_CONNECT_ARGS | {"options": session, "autocommit": autocommit},
@@ -233,7 +230,6 @@ def _engine(
     )
     event.listen(engine, "do_connect", connect)
     event.listen(engine, "checkout", check_out)
-    event.listen(engine, "invalidate", give_up)
     return engine
 
 
@@ -293,7 +289,7 @@ def _relaxed(work: Callable[[Connection], T]) -> Callable[[Connection], T]:
 def _single(engine: Engine, work: Callable[[Execute], T], tenant: _Tenant = _NOBODY) -> T:
     pooled = engine.raw_connection()
     driver = pooled.driver_connection
-    assert driver is not None
+    assert isinstance(driver, _Connection)
 
     def execute(statement: TextClause, fields: Fields) -> list[Any]:
         cursor = driver.cursor(row_factory=namedtuple_row)
@@ -316,8 +312,10 @@ def _speak_for(tenant: _Tenant, pooled: PoolProxiedConnection, driver: psycopg.C
         pooled.info[_ACTS_FOR] = tenant
 
 
-def _give_back(pooled: PoolProxiedConnection, driver: psycopg.Connection[Any]) -> None:
-    """Into the pool if it can be used again."""
+def _give_back(pooled: PoolProxiedConnection, driver: _Connection) -> None:
+    """Into the pool if it can be used again; one that is lost was lost with all of its age."""
+    if driver.closed:
+        driver.peer.lost_at = time.monotonic()
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:
         pooled.invalidate()
     pooled.close()
